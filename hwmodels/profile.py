@@ -1,0 +1,268 @@
+"""Hardware profiles: measured curves, capacities, contention and hand-off costs, each with its source."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from hwmodels.errors import FormatError, ProfileError
+from hwmodels.interpolate import Grid
+from hwmodels.schema import check_header, digest, from_json, read_json, to_json, write_json
+from hwmodels.work import Op, Work
+
+SCHEMA = "scheinfer.hardware"
+VERSION = 1
+
+Resource = Literal["CPU", "GPU", "H2D", "D2H"]
+RESOURCES: tuple[Resource, ...] = ("CPU", "GPU", "H2D", "D2H")
+Source = Literal["measured", "datasheet", "estimated"]
+Evidence = Literal["measured", "interpolated", "extrapolated", "specified"]
+
+AXES: dict[Op, tuple[str, str]] = {
+    "ffn": ("n_tokens", "weight_bytes"),
+    "head": ("n_tokens", "weight_bytes"),
+    "attn": ("n_tokens", "io_bytes"),
+    "embed": ("n_tokens", "io_bytes"),
+    "join": ("n_tokens", "io_bytes"),
+    "sample": ("n_tokens", "io_bytes"),
+    "pinned": ("n_tokens", "io_bytes"),
+    "pageable": ("n_tokens", "io_bytes"),
+}
+"""Which two quantities of a Work each curve is a function of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """A time and what it rests on."""
+
+    seconds: float
+    evidence: Evidence
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measured point: the work asked, the median of `count` repeats and their spread (p90 - p10)."""
+
+    n_tokens: int
+    flops: float
+    weight_bytes: float
+    io_bytes: float
+    median_s: float
+    spread_s: float
+    count: int
+
+    def __post_init__(self) -> None:
+        for name in ("n_tokens", "flops", "weight_bytes", "io_bytes", "spread_s"):
+            if getattr(self, name) < 0:
+                raise FormatError(f"{name} is {getattr(self, name)}, must not be negative")
+        if self.median_s <= 0:
+            raise FormatError(f"median_s is {self.median_s}, must be above zero")
+        if self.count < 1:
+            raise FormatError(f"count is {self.count}, must be at least 1")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Time of one operation on one resource over its two axes (see AXES).
+
+    threads is the number of cores the measurement used; 0 where it means nothing.
+    """
+
+    resource: Resource
+    op: Op
+    dtype: str
+    threads: int
+    source: Source
+    samples: tuple[Sample, ...]
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise FormatError(f"curve {self.resource}/{self.op}/{self.dtype} has no samples")
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The samples as an interpolation grid over the curve's axes."""
+        x, y = AXES[self.op]
+        return Grid.of([(float(getattr(s, x)), float(getattr(s, y)), s.median_s) for s in self.samples])
+
+    @cached_property
+    def _shape(self) -> tuple[Grid, Grid, Grid]:
+        x, y = AXES[self.op]
+        return tuple(  # type: ignore[return-value]
+            Grid.of([(float(getattr(s, x)), float(getattr(s, y)), float(getattr(s, q))) for s in self.samples])
+            for q in ("flops", "weight_bytes", "io_bytes")
+        )
+
+    def shape_at(self, x: float, y: float) -> tuple[float, float, float]:
+        """FLOPs, weight bytes and other bytes of the measured operation at a point of the grid."""
+        flops, weights, io = self._shape
+        return flops.at(x, y), weights.at(x, y), io.at(x, y)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most a resource does: FLOP/s by dtype, bytes/s of the memory or link it reads.
+
+    `efficiency` is the share of these that an operation without a curve is assumed to reach.
+    `fixed_s` is the time of starting such an operation.
+    """
+
+    flops_per_s: dict[str, float]
+    bytes_per_s: float
+    efficiency: float
+    fixed_s: float
+    source: Source
+
+    def __post_init__(self) -> None:
+        if self.bytes_per_s <= 0 or any(v <= 0 for v in self.flops_per_s.values()):
+            raise FormatError("flops_per_s and bytes_per_s must be above zero")
+        if not 0 < self.efficiency <= 1:
+            raise FormatError(f"efficiency is {self.efficiency}, must be above 0 and at most 1")
+        if self.fixed_s < 0:
+            raise FormatError(f"fixed_s is {self.fixed_s}, must not be negative")
+
+    def roofline_s(self, dtype: str, flops: float, n_bytes: float) -> float:
+        """max(FLOPs / peak, bytes / peak): no operation is faster."""
+        flops_per_s = self.flops_per_s.get(dtype, math.inf)
+        return max(flops / flops_per_s, n_bytes / self.bytes_per_s)
+
+
+@dataclass(frozen=True)
+class Contention:
+    """Rates, relative to running alone, of the resources that are active together."""
+
+    active: tuple[Resource, ...]
+    rate: dict[str, float]
+    source: Source
+
+    def __post_init__(self) -> None:
+        if set(self.rate) != set(self.active):
+            raise FormatError(f"rate names {sorted(self.rate)}, active names {sorted(self.active)}; they must agree")
+        for name, rate in self.rate.items():
+            if not 0 < rate <= 1:
+                raise FormatError(f"rate of {name} is {rate}, must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """A machine as the planner sees it.
+
+    device       "cuda", "emulated" (a CPU standing in for the GPU) or "none"
+    vram_bytes   device memory that can be had
+    host_bytes   host memory that can be had
+    handoff_s    delay between a task's last dependency and its start, by "FROM>TO" resource
+    """
+
+    name: str
+    device: Literal["cuda", "emulated", "none"]
+    created: str
+    fingerprint: dict[str, str]
+    vram_bytes: int
+    host_bytes: int
+    cpu_threads: int
+    peaks: dict[str, Peak]
+    curves: tuple[Curve, ...] = ()
+    handoff_s: dict[str, float] = field(default_factory=dict)
+    contention: tuple[Contention, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.peaks:
+            if name not in RESOURCES:
+                raise FormatError(f"peaks names {name!r}; resources are {', '.join(RESOURCES)}")
+        if "CPU" not in self.peaks:
+            raise FormatError("peaks lacks 'CPU'; every machine has one")
+        for pair, seconds in self.handoff_s.items():
+            ends = pair.split(">")
+            if len(ends) != 2 or any(end not in RESOURCES for end in ends):
+                raise FormatError(f"handoff_s names {pair!r}; write it as FROM>TO with {', '.join(RESOURCES)}")
+            if seconds < 0:
+                raise FormatError(f"handoff_s.{pair} is {seconds}, must not be negative")
+        if self.vram_bytes < 0 or self.host_bytes <= 0 or self.cpu_threads < 1:
+            raise FormatError("vram_bytes must not be negative, host_bytes and cpu_threads must be above zero")
+
+    @cached_property
+    def id(self) -> str:
+        """Twelve hex digits of the whole profile."""
+        return digest(self)
+
+    @cached_property
+    def _index(self) -> dict[tuple[str, str, str], Curve]:
+        return {(c.resource, c.op, c.dtype): c for c in self.curves}
+
+    @cached_property
+    def _memo(self) -> dict[tuple[str, Work], Cost]:
+        return {}
+
+    def time_s(self, resource: Resource, work: Work) -> Cost:
+        """Seconds of `work` alone on `resource`, with its evidence.
+
+        Inside a measured curve: bilinear between neighbours. Beyond it: the boundary's efficiency is
+        held and the roofline carries the growth. Without a curve: the roofline times the peak's stated
+        efficiency, labelled `specified`. Raises ProfileError if the profile has no such resource.
+        """
+        key = (resource, work)
+        cost = self._memo.get(key)
+        if cost is None:
+            if len(self._memo) > 200_000:
+                self._memo.clear()
+            cost = self._memo[key] = self._time_s(resource, work)
+        return cost
+
+    def _time_s(self, resource: Resource, work: Work) -> Cost:
+        peak = self.peak(resource)
+        roof_s = peak.roofline_s(work.dtype, work.flops, work.bytes)
+        curve = self._index.get((resource, work.op, work.dtype))
+        if curve is None:
+            return Cost(peak.fixed_s + roof_s / peak.efficiency, "specified")
+        x_name, y_name = AXES[work.op]
+        x, y = float(getattr(work, x_name)), float(getattr(work, y_name))
+        point = curve.grid.locate(x, y)
+        flops, weight_bytes, io_bytes = curve.shape_at(point.x, point.y)
+        measured_roof_s = peak.roofline_s(work.dtype, flops, weight_bytes + io_bytes)
+        same_shape = math.isclose(weight_bytes, work.weight_bytes, rel_tol=0.02, abs_tol=1)
+        if point.inside and same_shape:
+            return Cost(point.value, "measured" if point.exact else "interpolated")
+        scale = roof_s / measured_roof_s if measured_roof_s > 0 else 1.0
+        return Cost(point.value * scale, "extrapolated")
+
+    def peak(self, resource: Resource) -> Peak:
+        """The peak rates of a resource; ProfileError if the machine has none."""
+        try:
+            return self.peaks[resource]
+        except KeyError:
+            known = ", ".join(self.peaks)
+            raise ProfileError(f"profile {self.name!r} describes {known}, not {resource}; calibrate with a device") from None
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether there is a device to plan for."""
+        return "GPU" in self.peaks and "H2D" in self.peaks and "D2H" in self.peaks
+
+    def rates(self, active: frozenset[str]) -> dict[str, float]:
+        """Rate of each active resource beside the others, 1.0 alone.
+
+        The largest known subset's factors apply; resources outside it take their worst known pair.
+        """
+        rates = dict.fromkeys(active, 1.0)
+        for entry in self.contention:
+            if set(entry.active) <= active:
+                for name, rate in entry.rate.items():
+                    rates[name] = min(rates[name], rate)
+        return rates
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_json(path, {"schema": SCHEMA, "version": VERSION, **to_json(self)})
+
+    def with_(self, **changes: Any) -> HardwareProfile:
+        """A copy with fields replaced."""
+        return replace(self, **changes)
+
+
+def load_profile(path: str | Path) -> HardwareProfile:
+    """Read a profile; FormatError names the field that is wrong and what is allowed."""
+    fields = check_header(read_json(path, "hardware profile"), SCHEMA, VERSION, str(path))
+    return from_json(HardwareProfile, fields, str(path))

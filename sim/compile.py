@@ -1,0 +1,284 @@
+"""From a plan to tasks: the one place where dispatch is decided, used by simulator and runtime alike.
+
+A step compiles layer by layer, because an MoE layer's routing is known only after its router ran. The
+simulator calls `compile_step` with recorded or sampled routing; the runtime calls the same
+StepCompiler layer by layer with the routing that happened. Equal inputs give equal graphs.
+
+One layer, overlapping, in issue order (every resource works in this order):
+
+    attn            GPU   norms, attention, router
+    act_d2h         D2H   activations for the CPU
+    cc              CPU   host columns that the CPU computes
+    send, send      H2D   columns sent after the router, up to n_slots at once
+    gg              GPU   resident columns
+    cg (send cg)*   GPU   sent columns, each followed by the send that reuses its slot
+    act_h2d         H2D   the CPU's partial result
+    send (ahead)    H2D   the next layer's columns that need no router
+    join            GPU   sum of partial results
+
+A serial tier issues device parts, sent parts and the CPU's part one after the other, each waiting for
+the one before, and sends nothing before the router has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from hwmodels import work
+from sim.graph import Kind, Part, Task, TaskGraph, graph
+from sim.model import ModelSpec
+from sim.plan import Plan, Tier
+from sim.workload import Routing, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Who computes which columns of a layer in this step."""
+
+    gg: tuple[Part, ...]
+    ahead: tuple[Part, ...]
+    routed: tuple[Part, ...]
+    cc: tuple[Part, ...]
+
+
+def dispatch(columns: int, gg: tuple[int, ...], ahead: int, stream_min_tokens: int | None, routing: Routing) -> Dispatch:
+    """Split every expert that has tokens: [0, gg) GG, then `ahead` columns CG, the rest CC or routed CG.
+
+    Columns sent ahead are sent for every expert (the router has not run), but computed only for
+    experts with tokens; a part with n_tokens 0 is sent and not computed.
+    """
+    parts: tuple[list[Part], ...] = ([], [], [], [])
+    for expert, n_tokens in enumerate(routing):
+        resident = gg[expert]
+        sent = min(resident + ahead, columns)
+        if n_tokens and resident:
+            parts[0].append(Part(expert, 0, resident, n_tokens))
+        if sent > resident:
+            parts[1].append(Part(expert, resident, sent, n_tokens))
+        if n_tokens and columns > sent:
+            routed = stream_min_tokens is not None and n_tokens >= stream_min_tokens
+            parts[2 if routed else 3].append(Part(expert, sent, columns, n_tokens))
+    return Dispatch(*(tuple(p) for p in parts))
+
+
+@dataclass
+class StepCompiler:
+    """Compiles one step in execution order: begin, layer 0 .. n-1, end. Holds what tasks depend on."""
+
+    spec: ModelSpec
+    plan: Plan
+    step: Step
+    tier: Tier = field(init=False)
+    _prev: str = field(init=False, default="")
+    _slot_user: list[str] = field(init=False)
+    _next_slot: int = field(init=False, default=0)
+    _ahead: dict[int, tuple[str, int]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tier = self.plan.tier(self.step.n_tokens)
+        self._slot_user = [""] * self.tier.n_slots
+
+    # -- parts of a step ------------------------------------------------------------------------------
+
+    def begin(self) -> list[Task]:
+        """Embedding, and the first layer's columns that are sent ahead."""
+        embed = self._end_task("embed", self.spec.small_work("embed", self.step.n_tokens))
+        return [embed, *self._send_ahead(0)]
+
+    def layer(self, layer: int, routing: Routing) -> list[Task]:
+        """Tasks of one layer for the tokens that its router sent to each expert."""
+        return [*self.attention(layer), *self.mlp(layer, routing)]
+
+    def attention(self, layer: int) -> list[Task]:
+        """Everything in a layer before its MLP, and a copy of the hidden state where the place changes."""
+        place = self.plan.layers[layer].rest
+        before = self.plan.ends if layer == 0 else self.plan.layers[layer - 1].rest
+        tasks = self._move(layer, before, place)
+        attention = self.spec.attention_work(layer, self.step.n_tokens, self.step.kv_tokens, self.step.batch)
+        attn = self._task("attn", layer, place, (attention,), (self._prev,))
+        self._prev = attn.id
+        return [*tasks, attn]
+
+    def mlp(self, layer: int, routing: Routing) -> list[Task]:
+        """The MLP of a layer: who computes what is decided here."""
+        part = self.plan.layers[layer]
+        if part.rest == "CPU":
+            return self._mlp_on_cpu(layer, routing)
+        columns = self.spec.layers[layer].ffn.columns
+        split = dispatch(columns, part.gg, self.tier.ahead[layer], self.tier.stream_min_tokens, routing)
+        tasks = self._serial_mlp(layer, split) if not self.tier.overlap else self._overlapping_mlp(layer, split)
+        self._prev = tasks[-1].id
+        return tasks
+
+    def end(self) -> list[Task]:
+        """Head and sampling."""
+        last = self.plan.layers[-1].rest
+        tasks = self._move(self.spec.n_layers, last, self.plan.ends)
+        head = self._end_task("head", self.spec.head_work(self.step.batch))
+        sample = self._end_task("sample", self.spec.small_work("sample", self.step.batch))
+        return [*tasks, head, sample]
+
+    # -- the MLP --------------------------------------------------------------------------------------
+
+    def _overlapping_mlp(self, layer: int, split: Dispatch) -> list[Task]:
+        attn, tasks, partial = self._prev, [], []
+        if split.cc:
+            n_bytes = self._activation_bytes()
+            down = self._copy("act_d2h", "D2H", layer, n_bytes, (attn,))
+            cc = self._ffn("cc", layer, "CPU", split.cc, (down.id,))
+            tasks += [down, cc]
+        routed = [(part,) for part in split.routed]
+        sends: list[Task] = []
+        for i, parts in enumerate(routed[: self.tier.n_slots]):
+            sends.append(self._send(f"send{parts[0].expert}", layer, parts, (attn,)))
+            tasks.append(sends[i])
+        if split.gg:
+            tasks.append(self._ffn("gg", layer, "GPU", split.gg, (attn,)))
+            partial.append(tasks[-1].id)
+        if layer in self._ahead:
+            send, slot = self._ahead.pop(layer)
+            computed = tuple(p for p in split.ahead if p.n_tokens)
+            if computed:
+                tasks.append(self._ffn("cg", layer, "GPU", computed, (attn, send), slot))
+                partial.append(tasks[-1].id)
+        for i, parts in enumerate(routed):
+            name = f"cg{parts[0].expert}"
+            tasks.append(self._ffn("cg", layer, "GPU", parts, (sends[i].id,), sends[i].slot, name))
+            partial.append(tasks[-1].id)
+            if i + self.tier.n_slots < len(routed):
+                after = routed[i + self.tier.n_slots]
+                sends.append(self._send(f"send{after[0].expert}", layer, after, (attn,)))
+                tasks.append(sends[-1])
+        if split.cc:
+            tasks.append(self._copy("act_h2d", "H2D", layer, self._activation_bytes(), (cc.id,)))
+            partial.append(tasks[-1].id)
+        tasks += self._send_ahead(layer + 1)
+        tasks.append(self._task("join", layer, "GPU", self._join_work(len(partial)), tuple(partial)))
+        return tasks
+
+    def _serial_mlp(self, layer: int, split: Dispatch) -> list[Task]:
+        """Device parts first, then sent parts one by one, then the CPU; each waits for the one before."""
+        tasks: list[Task] = []
+
+        def chain(make: Callable[[tuple[str, ...]], Task]) -> None:
+            tasks.append(make((tasks[-1].id if tasks else self._prev,)))
+
+        if split.gg:
+            chain(lambda deps: self._ffn("gg", layer, "GPU", split.gg, deps))
+        if split.ahead:  # nothing is ahead of anything in a serial tier: the whole unit is sent now
+            chain(lambda deps: self._send("send", layer, split.ahead, deps))
+            computed, slot = tuple(p for p in split.ahead if p.n_tokens), tasks[-1].slot
+            chain(lambda deps: self._ffn("cg", layer, "GPU", computed, deps, slot))
+        for part in split.routed:
+            expert, one = part.expert, (part,)
+            chain(lambda deps, one=one, expert=expert: self._send(f"send{expert}", layer, one, deps))  # type: ignore[misc]
+            slot = tasks[-1].slot
+            chain(lambda deps, one=one, expert=expert, slot=slot: self._ffn("cg", layer, "GPU", one, deps, slot, f"cg{expert}"))  # type: ignore[misc]
+        if split.cc:
+            chain(lambda deps: self._copy("act_d2h", "D2H", layer, self._activation_bytes(), deps))
+            chain(lambda deps: self._ffn("cc", layer, "CPU", split.cc, deps))
+            chain(lambda deps: self._copy("act_h2d", "H2D", layer, self._activation_bytes(), deps))
+        n_partial = bool(split.gg) + bool(split.ahead) + len(split.routed) + bool(split.cc)
+        chain(lambda deps: self._task("join", layer, "GPU", self._join_work(n_partial), deps))
+        return tasks
+
+    def _mlp_on_cpu(self, layer: int, routing: Routing) -> list[Task]:
+        columns = self.spec.layers[layer].ffn.columns
+        parts = tuple(Part(e, 0, columns, n) for e, n in enumerate(routing) if n)
+        cc = self._ffn("cc", layer, "CPU", parts, (self._prev,))
+        self._prev = cc.id
+        ahead = self._send_ahead(layer + 1) if self.tier.overlap else []
+        return [cc, *ahead]
+
+    def _send_ahead(self, layer: int) -> list[Task]:
+        if not self.tier.overlap or layer >= self.spec.n_layers or not self.tier.ahead[layer]:
+            return []
+        if self.plan.layers[layer].rest == "CPU":
+            return []
+        columns = self.spec.layers[layer].ffn.columns
+        gg = self.plan.layers[layer].gg
+        parts = tuple(
+            Part(e, g, min(g + self.tier.ahead[layer], columns), 0) for e, g in enumerate(gg) if g < columns
+        )
+        if not parts:
+            return []
+        send = self._send("send", layer, parts, ())
+        self._ahead[layer] = (send.id, send.slot)
+        return [send]
+
+    # -- single tasks ---------------------------------------------------------------------------------
+
+    def _task(self, kind: Kind, layer: int, resource: str, works: tuple[work.Work, ...], deps: tuple[str, ...]) -> Task:
+        name = f"{self.step.name}.L{layer:02d}.{kind}"
+        return Task(name, kind, resource, works, tuple(d for d in deps if d), self.step.name, layer)  # type: ignore[arg-type]
+
+    def _end_task(self, kind: Kind, demand: work.Work) -> Task:
+        deps = (self._prev,) if self._prev else ()
+        task = Task(f"{self.step.name}.{kind}", kind, self.plan.ends, (demand,), deps, self.step.name)
+        self._prev = task.id
+        return task
+
+    def _move(self, layer: int, before: str, after: str) -> list[Task]:
+        if before == after:
+            return []
+        kind: Kind = "hidden_h2d" if after == "GPU" else "hidden_d2h"
+        task = self._copy(kind, "H2D" if after == "GPU" else "D2H", layer, self._activation_bytes(), (self._prev,))
+        self._prev = task.id
+        return [task]
+
+    def _copy(self, kind: Kind, resource: str, layer: int, n_bytes: float, deps: tuple[str, ...]) -> Task:
+        # Activations pass through small page-locked buffers, whatever the weights lie in.
+        return self._task(kind, layer, resource, (work.copy(n_bytes, self.spec.dtype, pinned=True),), deps)
+
+    def _send(self, name: str, layer: int, parts: tuple[Part, ...], deps: tuple[str, ...]) -> Task:
+        slot = self._next_slot
+        self._next_slot = (slot + 1) % self.tier.n_slots
+        n_bytes = sum(p.stop - p.start for p in parts) * self.spec.column_bytes(layer)
+        demand = work.copy(n_bytes, self.spec.dtype, self.plan.pinned)
+        user = self._slot_user[slot]
+        deps = tuple(dict.fromkeys(d for d in (*deps, user) if d))
+        task = Task(
+            f"{self.step.name}.L{layer:02d}.{name}", "send", "H2D", (demand,), deps, self.step.name, layer, parts, slot
+        )
+        self._slot_user[slot] = task.id
+        return task
+
+    def _ffn(
+        self,
+        kind: Kind,
+        layer: int,
+        resource: str,
+        parts: tuple[Part, ...],
+        deps: tuple[str, ...],
+        slot: int = -1,
+        name: str = "",
+    ) -> Task:
+        works = tuple(self.spec.ffn_work(layer, p.n_tokens, p.stop - p.start) for p in parts)
+        task = Task(
+            f"{self.step.name}.L{layer:02d}.{name or kind}", kind, resource, works, deps, self.step.name, layer, parts, slot  # type: ignore[arg-type]
+        )
+        if slot >= 0:
+            self._slot_user[slot] = task.id
+        return task
+
+    def _join_work(self, n_partial: int) -> tuple[work.Work, ...]:
+        return (self.spec.small_work("join", self.step.n_tokens * max(n_partial, 1)),)
+
+    def _activation_bytes(self) -> float:
+        return float(self.step.n_tokens * self.spec.d_model * self.spec.dtype_bytes)
+
+
+RoutingOf = Callable[[Step, int], Routing]
+
+
+def compile_step(spec: ModelSpec, plan: Plan, step: Step, routing: RoutingOf) -> TaskGraph:
+    """TaskGraph of one forward pass; routing(step, layer) says where tokens went."""
+    return graph(_step_tasks(StepCompiler(spec, plan, step), routing))
+
+
+def _step_tasks(compiler: StepCompiler, routing: RoutingOf) -> Iterator[Task]:
+    yield from compiler.begin()
+    for layer in range(compiler.spec.n_layers):
+        yield from compiler.layer(layer, routing(compiler.step, layer))
+    yield from compiler.end()

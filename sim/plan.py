@@ -1,0 +1,161 @@
+"""Plan: where every column of every MLP lives, and who computes it, as data.
+
+partition   which columns of which expert live on the device (GG); the rest lives in host memory.
+tiers       by tokens in a step: which host columns are sent and computed by the device (CG), which are
+            computed by the CPU (CC), in which order, with how many slots.
+
+A policy makes a Plan; only a Plan passes from the simulator to the runtime.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from hwmodels.errors import FormatError, PlanError
+from hwmodels.schema import check_header, digest, from_json, read_json, to_json, write_json
+from sim.model import ModelSpec
+
+SCHEMA = "scheinfer.plan"
+VERSION = 1
+
+Place = Literal["CPU", "GPU"]
+
+
+@dataclass(frozen=True)
+class LayerPartition:
+    """Placement of one layer.
+
+    rest      where attention, norms, router and shared experts live and run, with the KV cache
+    gg        per expert (a dense MLP is one expert): its first gg columns live on the device
+    """
+
+    rest: Place
+    gg: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tier:
+    """How steps of at most `max_tokens` tokens run.
+
+    overlap             False: one task after the other, as llama.cpp, Fiddler and accelerate run
+    ahead               per layer: host columns of every expert that are sent whatever the router says
+                        (CG chosen by the plan); with overlap, one layer ahead
+    stream_min_tokens   after the router: an expert with at least so many tokens has all its host columns
+                        sent (CG chosen by the step); None sends none. Not together with ahead
+    n_slots             buffers on the device that sent columns pass through; 0 if nothing is sent
+    """
+
+    name: str
+    max_tokens: int
+    overlap: bool
+    ahead: tuple[int, ...]
+    stream_min_tokens: int | None
+    n_slots: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the simulator says of a plan."""
+
+    ttft_s: float
+    tpot_s: float
+    prefill_tok_s: float
+    decode_tok_s: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions for one model on one machine under one budget."""
+
+    policy: str
+    model: str
+    model_id: str
+    profile_id: str
+    dtype: str
+    vram_budget_bytes: int
+    n_ctx: int
+    batch: int
+    pinned: bool
+    ends: Place
+    layers: tuple[LayerPartition, ...]
+    tiers: tuple[Tier, ...]
+    prediction: Prediction | None = None
+
+    @cached_property
+    def id(self) -> str:
+        """Twelve hex digits of the decisions; the prediction does not count."""
+        return digest(replace(self, prediction=None, profile_id=""))
+
+    def tier(self, n_tokens: int) -> Tier:
+        """The tier of a step of n_tokens: the smallest that covers it, else the largest."""
+        for tier in self.tiers:
+            if n_tokens <= tier.max_tokens:
+                return tier
+        return self.tiers[-1]
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether any weight lives on, or is sent to, the device."""
+        return self.ends == "GPU" or any(la.rest == "GPU" or any(la.gg) for la in self.layers) or self.sends_weights
+
+    @property
+    def sends_weights(self) -> bool:
+        """Whether any tier sends host columns to the device."""
+        return any(t.stream_min_tokens is not None or any(t.ahead) for t in self.tiers)
+
+    def with_prediction(self, prediction: Prediction) -> Plan:
+        """A copy that carries a prediction."""
+        return replace(self, prediction=prediction)
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_json(path, {"schema": SCHEMA, "version": VERSION, **to_json(self)})
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan; FormatError names the field that is wrong."""
+    fields: dict[str, Any] = check_header(read_json(path, "plan"), SCHEMA, VERSION, str(path))
+    plan = from_json(Plan, fields, str(path))
+    _check_alone(plan, str(path))
+    return plan
+
+
+def _check_alone(plan: Plan, where: str) -> None:
+    if not plan.tiers:
+        raise FormatError(f"{where}.tiers: a plan needs at least one tier")
+    limits = [t.max_tokens for t in plan.tiers]
+    if limits != sorted(set(limits)) or limits[0] < 1:
+        raise FormatError(f"{where}.tiers: max_tokens are {limits}; they must rise from 1 or more")
+    for i, tier in enumerate(plan.tiers):
+        if len(tier.ahead) != len(plan.layers):
+            raise FormatError(f"{where}.tiers[{i}].ahead: {len(tier.ahead)} entries for {len(plan.layers)} layers")
+        sends = tier.stream_min_tokens is not None or any(tier.ahead)
+        if sends and tier.n_slots < 1:
+            raise FormatError(f"{where}.tiers[{i}].n_slots: is {tier.n_slots}; sending columns needs at least one slot")
+        if tier.stream_min_tokens is not None and any(tier.ahead):
+            raise FormatError(f"{where}.tiers[{i}]: sets both ahead and stream_min_tokens; a tier sends one way")
+        if tier.overlap and any(tier.ahead) and tier.n_slots < 2:
+            raise FormatError(f"{where}.tiers[{i}].n_slots: is {tier.n_slots}; sending a layer ahead needs two slots")
+
+
+def check_plan(plan: Plan, spec: ModelSpec) -> None:
+    """Raise PlanError unless the plan was made for a model of these sizes."""
+    if plan.model_id != spec.id:
+        raise PlanError(
+            f"the plan is for {plan.model} ({plan.model_id}, {plan.dtype}), the model is {spec.name} "
+            f"({spec.id}, {spec.dtype}); plan again for this model and dtype"
+        )
+    if len(plan.layers) != spec.n_layers:
+        raise PlanError(f"the plan has {len(plan.layers)} layers, the model {spec.n_layers}; plan again")
+    for i, (part, layer) in enumerate(zip(plan.layers, spec.layers, strict=True)):
+        ffn = layer.ffn
+        if len(part.gg) != ffn.n_experts or any(not 0 <= g <= ffn.columns for g in part.gg):
+            raise PlanError(f"layer {i}: gg needs {ffn.n_experts} numbers from 0 to {ffn.columns}, the plan has {part.gg}")
+        if part.rest == "CPU" and any(part.gg):
+            raise PlanError(f"layer {i}: attention on the CPU with columns on the device is not supported; set rest to GPU")
+        for tier in plan.tiers:
+            if not 0 <= tier.ahead[i] <= ffn.columns:
+                raise PlanError(f"tier {tier.name}, layer {i}: ahead is {tier.ahead[i]}, expected 0 to {ffn.columns}")

@@ -1,0 +1,119 @@
+"""Workload: how many tokens come in and go out, and where a router sends them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pandas as pd
+
+from hwmodels.errors import FormatError
+from sim.model import ModelSpec
+
+Routing = tuple[int, ...]
+"""Tokens sent to each expert of one layer in one step; a dense layer is one expert with all tokens."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One generation: prompt, generated tokens, sequences at once, tokens already in the cache.
+
+    skew is the Zipf exponent of expert popularity that routing is sampled with (0 is uniform).
+    """
+
+    n_prompt: int
+    n_gen: int
+    batch: int = 1
+    n_depth: int = 0
+    seed: int = 0
+    skew: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_prompt", 1), ("n_gen", 1), ("batch", 1), ("n_depth", 0)):
+            if getattr(self, name) < least:
+                raise FormatError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        if not 0.0 <= self.skew < 10.0:
+            raise FormatError(f"skew is {self.skew}; expected a Zipf exponent from 0 to 10")
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens per sequence that the KV cache must hold."""
+        return self.n_depth + self.n_prompt + self.n_gen
+
+    def steps(self) -> tuple[Step, ...]:
+        """Prefill, then one decode step for every generated token but the first."""
+        prefill = Step("prefill", self.n_prompt * self.batch, self.n_depth + self.n_prompt, self.batch)
+        first = self.n_depth + self.n_prompt
+        return (prefill, *(Step(f"decode{i}", self.batch, first + i, self.batch) for i in range(1, self.n_gen)))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass: n_tokens rows in all, kv_tokens of depth per sequence after it."""
+
+    name: str
+    n_tokens: int
+    kv_tokens: int
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """Tokens per expert, by step name and layer: recorded from a run, or sampled."""
+
+    counts: dict[tuple[str, int], Routing]
+
+    def at(self, step: str, layer: int) -> Routing | None:
+        """Routing of one layer in one step, None if it was not recorded."""
+        return self.counts.get((step, layer))
+
+    def save(self, path: str | Path) -> None:
+        """Write as Parquet: step, layer, expert, n_tokens."""
+        rows = [(s, la, e, n) for (s, la), counts in self.counts.items() for e, n in enumerate(counts)]
+        pd.DataFrame(rows, columns=["step", "layer", "expert", "n_tokens"]).to_parquet(path, index=False)
+
+    @staticmethod
+    def load(path: str | Path) -> RoutingTrace:
+        """Read what `save` wrote; FormatError if it is something else."""
+        try:
+            frame = pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise FormatError(f"cannot read routing trace {str(path)!r}: {error}") from error
+        missing = {"step", "layer", "expert", "n_tokens"} - set(frame.columns)
+        if missing:
+            raise FormatError(f"{path}: no column {sorted(missing)[0]!r}; expected a routing trace")
+        frame = frame.sort_values(["step", "layer", "expert"])
+        groups = frame.groupby(["step", "layer"], sort=False)["n_tokens"]
+        return RoutingTrace({(str(k[0]), int(k[1])): tuple(int(n) for n in v) for k, v in groups})  # type: ignore[index, call-overload]
+
+
+@lru_cache(maxsize=64)
+def popularity(n_experts: int, skew: float, seed: int, layer: int) -> tuple[float, ...]:
+    """Share of tokens that each expert of a layer attracts: Zipf weights in a seeded order per layer."""
+    weights = [1.0 / (rank + 1) ** skew for rank in range(n_experts)]
+    random.Random(f"{seed}/{layer}").shuffle(weights)
+    total = sum(weights)
+    return tuple(w / total for w in weights)
+
+
+def sample_routing(spec: ModelSpec, layer: int, step: Step, workload: Workload) -> Routing:
+    """Tokens per expert: each token draws top_k different experts by popularity; seeded, repeatable."""
+    ffn = spec.layers[layer].ffn
+    if not ffn.is_moe:
+        return (step.n_tokens,)
+    shares = popularity(ffn.n_experts, workload.skew, workload.seed, layer)
+    draw = random.Random(f"{workload.seed}/{step.name}/{layer}")
+    counts = [0] * ffn.n_experts
+    for _ in range(step.n_tokens):
+        for expert in _draw_distinct(draw, shares, ffn.top_k):
+            counts[expert] += 1
+    return tuple(counts)
+
+
+def _draw_distinct(draw: random.Random, shares: Sequence[float], k: int) -> Iterable[int]:
+    # Efraimidis-Spirakis: the k largest u^(1/w) are a weighted sample without replacement.
+    keys = [(draw.random() ** (1.0 / share), expert) for expert, share in enumerate(shares)]
+    return [expert for _, expert in sorted(keys, reverse=True)[:k]]
