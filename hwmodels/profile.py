@@ -234,7 +234,9 @@ class HardwareProfile:
             return self.peaks[resource]
         except KeyError:
             known = ", ".join(self.peaks)
-            raise ProfileError(f"profile {self.name!r} describes {known}, not {resource}; calibrate with a device") from None
+            raise ProfileError(
+                f"profile {self.name!r} describes {known}, not {resource}; calibrate with a device"
+            ) from None
 
     @property
     def has_gpu(self) -> bool:

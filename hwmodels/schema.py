@@ -146,7 +146,8 @@ def check_header(value: Json, schema: str, version: int, where: str) -> dict[str
         raise FormatError(f"{where}: schema is {found!r}, expected {schema!r}; is this the right file?")
     if value.get("version") != version:
         raise FormatError(
-            f"{where}: version {value.get('version')!r} of {schema}, this program reads version {version}; write it anew"
+            f"{where}: version {value.get('version')!r} of {schema}, "
+            f"this program reads version {version}; write it anew"
         )
     return {k: v for k, v in value.items() if k not in ("schema", "version")}
 

@@ -55,7 +55,8 @@ def format_bytes(n_bytes: float) -> str:
     value = float(n_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}" if value >= 100 else f"{value:.2f} {unit}"
+            digits = ".0f" if unit == "B" else ".3g" if value >= 100 else ".2f"
+            return f"{value:{digits}} {unit}"
         value /= 1024
     return f"{value:.2f} TiB"
 

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from hwmodels import work
+from hwmodels.profile import Resource
 from sim.graph import Kind, Part, Task, TaskGraph, graph
 from sim.model import ModelSpec
 from sim.plan import Plan, Tier
@@ -42,7 +43,9 @@ class Dispatch:
     cc: tuple[Part, ...]
 
 
-def dispatch(columns: int, gg: tuple[int, ...], ahead: int, stream_min_tokens: int | None, routing: Routing) -> Dispatch:
+def dispatch(
+    columns: int, gg: tuple[int, ...], ahead: int, stream_min_tokens: int | None, routing: Routing
+) -> Dispatch:
     """Split every expert that has tokens: [0, gg) GG, then `ahead` columns CG, the rest CC or routed CG.
 
     Columns sent ahead are sent for every expert (the router has not run), but computed only for
@@ -161,26 +164,24 @@ class StepCompiler:
         """Device parts first, then sent parts one by one, then the CPU; each waits for the one before."""
         tasks: list[Task] = []
 
-        def chain(make: Callable[[tuple[str, ...]], Task]) -> None:
-            tasks.append(make((tasks[-1].id if tasks else self._prev,)))
+        def after() -> tuple[str, ...]:
+            return (tasks[-1].id if tasks else self._prev,)
 
         if split.gg:
-            chain(lambda deps: self._ffn("gg", layer, "GPU", split.gg, deps))
+            tasks.append(self._ffn("gg", layer, "GPU", split.gg, after()))
         if split.ahead:  # nothing is ahead of anything in a serial tier: the whole unit is sent now
-            chain(lambda deps: self._send("send", layer, split.ahead, deps))
-            computed, slot = tuple(p for p in split.ahead if p.n_tokens), tasks[-1].slot
-            chain(lambda deps: self._ffn("cg", layer, "GPU", computed, deps, slot))
+            tasks.append(self._send("send", layer, split.ahead, after()))
+            computed = tuple(p for p in split.ahead if p.n_tokens)
+            tasks.append(self._ffn("cg", layer, "GPU", computed, after(), tasks[-1].slot))
         for part in split.routed:
-            expert, one = part.expert, (part,)
-            chain(lambda deps, one=one, expert=expert: self._send(f"send{expert}", layer, one, deps))  # type: ignore[misc]
-            slot = tasks[-1].slot
-            chain(lambda deps, one=one, expert=expert, slot=slot: self._ffn("cg", layer, "GPU", one, deps, slot, f"cg{expert}"))  # type: ignore[misc]
+            tasks.append(self._send(f"send{part.expert}", layer, (part,), after()))
+            tasks.append(self._ffn("cg", layer, "GPU", (part,), after(), tasks[-1].slot, f"cg{part.expert}"))
         if split.cc:
-            chain(lambda deps: self._copy("act_d2h", "D2H", layer, self._activation_bytes(), deps))
-            chain(lambda deps: self._ffn("cc", layer, "CPU", split.cc, deps))
-            chain(lambda deps: self._copy("act_h2d", "H2D", layer, self._activation_bytes(), deps))
+            tasks.append(self._copy("act_d2h", "D2H", layer, self._activation_bytes(), after()))
+            tasks.append(self._ffn("cc", layer, "CPU", split.cc, after()))
+            tasks.append(self._copy("act_h2d", "H2D", layer, self._activation_bytes(), after()))
         n_partial = bool(split.gg) + bool(split.ahead) + len(split.routed) + bool(split.cc)
-        chain(lambda deps: self._task("join", layer, "GPU", self._join_work(n_partial), deps))
+        tasks.append(self._task("join", layer, "GPU", self._join_work(n_partial), after()))
         return tasks
 
     def _mlp_on_cpu(self, layer: int, routing: Routing) -> list[Task]:
@@ -198,9 +199,7 @@ class StepCompiler:
             return []
         columns = self.spec.layers[layer].ffn.columns
         gg = self.plan.layers[layer].gg
-        parts = tuple(
-            Part(e, g, min(g + self.tier.ahead[layer], columns), 0) for e, g in enumerate(gg) if g < columns
-        )
+        parts = tuple(Part(e, g, min(g + self.tier.ahead[layer], columns), 0) for e, g in enumerate(gg) if g < columns)
         if not parts:
             return []
         send = self._send("send", layer, parts, ())
@@ -209,9 +208,11 @@ class StepCompiler:
 
     # -- single tasks ---------------------------------------------------------------------------------
 
-    def _task(self, kind: Kind, layer: int, resource: str, works: tuple[work.Work, ...], deps: tuple[str, ...]) -> Task:
+    def _task(
+        self, kind: Kind, layer: int, resource: Resource, works: tuple[work.Work, ...], deps: tuple[str, ...]
+    ) -> Task:
         name = f"{self.step.name}.L{layer:02d}.{kind}"
-        return Task(name, kind, resource, works, tuple(d for d in deps if d), self.step.name, layer)  # type: ignore[arg-type]
+        return Task(name, kind, resource, works, tuple(d for d in deps if d), self.step.name, layer)
 
     def _end_task(self, kind: Kind, demand: work.Work) -> Task:
         deps = (self._prev,) if self._prev else ()
@@ -227,7 +228,7 @@ class StepCompiler:
         self._prev = task.id
         return [task]
 
-    def _copy(self, kind: Kind, resource: str, layer: int, n_bytes: float, deps: tuple[str, ...]) -> Task:
+    def _copy(self, kind: Kind, resource: Resource, layer: int, n_bytes: float, deps: tuple[str, ...]) -> Task:
         # Activations pass through small page-locked buffers, whatever the weights lie in.
         return self._task(kind, layer, resource, (work.copy(n_bytes, self.spec.dtype, pinned=True),), deps)
 
@@ -248,7 +249,7 @@ class StepCompiler:
         self,
         kind: Kind,
         layer: int,
-        resource: str,
+        resource: Resource,
         parts: tuple[Part, ...],
         deps: tuple[str, ...],
         slot: int = -1,
@@ -256,7 +257,15 @@ class StepCompiler:
     ) -> Task:
         works = tuple(self.spec.ffn_work(layer, p.n_tokens, p.stop - p.start) for p in parts)
         task = Task(
-            f"{self.step.name}.L{layer:02d}.{name or kind}", kind, resource, works, deps, self.step.name, layer, parts, slot  # type: ignore[arg-type]
+            f"{self.step.name}.L{layer:02d}.{name or kind}",
+            kind,
+            resource,
+            works,
+            deps,
+            self.step.name,
+            layer,
+            parts,
+            slot,
         )
         if slot >= 0:
             self._slot_user[slot] = task.id

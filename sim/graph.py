@@ -12,7 +12,19 @@ from hwmodels.profile import RESOURCES, Resource
 from hwmodels.work import Work
 
 Kind = Literal[
-    "embed", "attn", "act_d2h", "cc", "send", "cg", "gg", "act_h2d", "join", "hidden_d2h", "hidden_h2d", "head", "sample"
+    "embed",
+    "attn",
+    "act_d2h",
+    "cc",
+    "send",
+    "cg",
+    "gg",
+    "act_h2d",
+    "join",
+    "hidden_d2h",
+    "hidden_h2d",
+    "head",
+    "sample",
 ]
 """What a task does.
 

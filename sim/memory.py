@@ -123,7 +123,7 @@ def check_memory(spec: ModelSpec, plan: Plan, host_bytes: int | None = None) -> 
         )
     if host_bytes is not None and need.host_bytes > host_bytes:
         raise PlanError(
-            f"{plan.policy} keeps {format_bytes(need.host_bytes)} in host memory, {format_bytes(host_bytes)} can be had; "
-            f"raise --vram-budget or --host-budget, or choose a smaller model"
+            f"{plan.policy} keeps {format_bytes(need.host_bytes)} in host memory, "
+            f"{format_bytes(host_bytes)} can be had; raise --vram-budget or --host-budget, or choose a smaller model"
         )
     return need

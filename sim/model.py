@@ -131,7 +131,9 @@ class ModelSpec:
     def n_params(self) -> int:
         """All parameters, a tied embedding counted once."""
         layers = sum(
-            la.attention.n_params + la.other_params + la.ffn.n_experts * la.ffn.columns * la.ffn.n_matrices * self.d_model
+            la.attention.n_params
+            + la.other_params
+            + la.ffn.n_experts * la.ffn.columns * la.ffn.n_matrices * self.d_model
             for la in self.layers
         )
         head = self.head_params - (self.vocab * self.d_model if self.tied_embeddings else 0)

@@ -153,9 +153,13 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
     for i, (part, layer) in enumerate(zip(plan.layers, spec.layers, strict=True)):
         ffn = layer.ffn
         if len(part.gg) != ffn.n_experts or any(not 0 <= g <= ffn.columns for g in part.gg):
-            raise PlanError(f"layer {i}: gg needs {ffn.n_experts} numbers from 0 to {ffn.columns}, the plan has {part.gg}")
+            raise PlanError(
+                f"layer {i}: gg needs {ffn.n_experts} numbers from 0 to {ffn.columns}, the plan has {part.gg}"
+            )
         if part.rest == "CPU" and any(part.gg):
-            raise PlanError(f"layer {i}: attention on the CPU with columns on the device is not supported; set rest to GPU")
+            raise PlanError(
+                f"layer {i}: attention on the CPU with columns on the device is not supported; set rest to GPU"
+            )
         for tier in plan.tiers:
             if not 0 <= tier.ahead[i] <= ffn.columns:
                 raise PlanError(f"tier {tier.name}, layer {i}: ahead is {tier.ahead[i]}, expected 0 to {ffn.columns}")

@@ -87,7 +87,7 @@ class RoutingTrace:
             raise FormatError(f"{path}: no column {sorted(missing)[0]!r}; expected a routing trace")
         frame = frame.sort_values(["step", "layer", "expert"])
         groups = frame.groupby(["step", "layer"], sort=False)["n_tokens"]
-        return RoutingTrace({(str(k[0]), int(k[1])): tuple(int(n) for n in v) for k, v in groups})  # type: ignore[index, call-overload]
+        return RoutingTrace({(str(k[0]), int(k[1])): tuple(int(n) for n in v) for k, v in groups})  # type: ignore[call-overload]
 
 
 @lru_cache(maxsize=64)
