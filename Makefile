@@ -1,0 +1,48 @@
+# make demo   the main job on two small models that it builds: calibrate, plan, run, compare, report in demo/
+# make test   lint, types and the whole test suite
+# make clean  removes what these two made
+#
+# PYTHON= chooses the interpreter (3.11 or newer), VENV= the environment, PYTEST_ARGS= what pytest gets.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+# The path is part of the name: a moved checkout needs its editable install written anew.
+STAMP := $(VENV)/.installed-$(shell printf '%s' '$(CURDIR)' | cksum | cut -d ' ' -f 1)
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+
+.PHONY: demo test lint types venv clean
+.DEFAULT_GOAL := demo
+
+demo: $(STAMP)
+	$(VENV)/bin/scheinfer validate --demo --out demo
+
+test: lint types
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(STAMP)
+	$(PY) -m mypy --strict hwmodels sim runtime experiments scheinfer.py
+
+venv: $(STAMP)
+
+# torch first and by its exact version: left to the resolver it may fetch several gigabytes twice.
+# An environment whose pip does not answer was left half made, and is made anew.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scheinfer needs Python 3.11 or newer, " \
+	  + sys.executable + " is " + sys.version.split()[0] + "; choose another with make PYTHON=...")'
+	@$(PIP) --version >/dev/null 2>&1 || \
+	  $(PYTHON) -m venv $$(test ! -f '$(VENV)/pyvenv.cfg' || echo --clear) '$(VENV)'
+	@rm -f $(VENV)/.installed-*
+	$(PIP) install --quiet -c constraints.txt 'torch==2.13.0'
+	$(PIP) install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	test ! -f '$(VENV)/pyvenv.cfg' || rm -rf '$(VENV)'
