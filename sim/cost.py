@@ -1,0 +1,51 @@
+"""What a task graph costs on a machine: seconds per task, hand-off delays, and what these rest on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hwmodels.profile import RESOURCES, HardwareProfile
+from sim.graph import TaskGraph
+
+EVIDENCE = ("measured", "interpolated", "extrapolated", "specified")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Times of a graph's tasks, in its order, every resource running alone.
+
+    duration_s  seconds that each task holds its resource
+    lag_s       per task and dependency: seconds between the dependency's end and the task's earliest start
+    evidence    how many costs were measured, interpolated, extrapolated or specified
+    """
+
+    duration_s: list[float]
+    lag_s: list[tuple[float, ...]]
+    evidence: dict[str, int]
+
+
+def price(graph: TaskGraph, profile: HardwareProfile) -> Prices:
+    """Prices of a graph on a machine; a task without work takes no time.
+
+    Raises ProfileError if the graph uses a resource that the profile does not describe.
+    """
+    evidence = dict.fromkeys(EVIDENCE, 0)
+    durations = []
+    for task in graph.tasks:
+        duration_s = 0.0
+        for work in task.works:
+            cost = profile.time_s(task.resource, work)
+            duration_s += cost.seconds
+            evidence[cost.evidence] += 1
+        durations.append(duration_s)
+    return Prices(durations, _lags(graph, profile), evidence)
+
+
+def _lags(graph: TaskGraph, profile: HardwareProfile) -> list[tuple[float, ...]]:
+    resource = graph.arrays.resource
+    handoff_s = [[profile.handoff_s.get(f"{before}>{after}", 0.0) for before in RESOURCES] for after in RESOURCES]
+    lags = []
+    for r, deps in zip(resource, graph.arrays.deps, strict=True):
+        row = handoff_s[r]
+        lags.append(tuple([row[resource[j]] for j in deps]))
+    return lags
