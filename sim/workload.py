@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from hwmodels.errors import FormatError
@@ -15,6 +16,8 @@ from sim.model import ModelSpec
 
 Routing = tuple[int, ...]
 """Tokens sent to each expert of one layer in one step; a dense layer is one expert with all tokens."""
+
+_KEYS_AT_ONCE = 1 << 22  # bounds the memory of sampling a long prompt
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class RoutingTrace:
         return RoutingTrace({(str(k[0]), int(k[1])): tuple(int(n) for n in v) for k, v in groups})  # type: ignore[call-overload]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def popularity(n_experts: int, skew: float, seed: int, layer: int) -> tuple[float, ...]:
     """Share of tokens that each expert of a layer attracts: Zipf weights in a seeded order per layer."""
     weights = [1.0 / (rank + 1) ** skew for rank in range(n_experts)]
@@ -104,16 +107,21 @@ def sample_routing(spec: ModelSpec, layer: int, step: Step, workload: Workload) 
     ffn = spec.layers[layer].ffn
     if not ffn.is_moe:
         return (step.n_tokens,)
-    shares = popularity(ffn.n_experts, workload.skew, workload.seed, layer)
-    draw = random.Random(f"{workload.seed}/{step.name}/{layer}")
-    counts = [0] * ffn.n_experts
-    for _ in range(step.n_tokens):
-        for expert in _draw_distinct(draw, shares, ffn.top_k):
-            counts[expert] += 1
-    return tuple(counts)
+    return _sample_step(ffn.n_experts, ffn.top_k, spec.n_layers, step, workload.seed, workload.skew)[layer]
 
 
-def _draw_distinct(draw: random.Random, shares: Sequence[float], k: int) -> Iterable[int]:
-    # Efraimidis-Spirakis: the k largest u^(1/w) are a weighted sample without replacement.
-    keys = [(draw.random() ** (1.0 / share), expert) for expert, share in enumerate(shares)]
-    return [expert for _, expert in sorted(keys, reverse=True)[:k]]
+@lru_cache(maxsize=256)
+def _sample_step(n_experts: int, top_k: int, n_layers: int, step: Step, seed: int, skew: float) -> tuple[Routing, ...]:
+    # All layers at once: setting up a generator costs more than a decode step's draws.
+    shares = np.array([popularity(n_experts, skew, seed, layer) for layer in range(n_layers)], dtype=np.float32)
+    draw = np.random.default_rng(int.from_bytes(sha256(f"{seed}/{step.name}".encode()).digest()[:8]))
+    n_rows = n_layers * step.n_tokens
+    block = max(1, _KEYS_AT_ONCE // n_experts)
+    counts = np.zeros(n_layers * n_experts, dtype=np.int64)
+    for first in range(0, n_rows, block):
+        layer = np.arange(first, min(first + block, n_rows)) // step.n_tokens
+        # Efraimidis-Spirakis: the k smallest Exp(1) / w are a weighted sample without replacement.
+        keys = draw.standard_exponential((len(layer), n_experts), dtype=np.float32) / shares[layer]
+        chosen = np.argpartition(keys, top_k - 1, axis=1)[:, :top_k]
+        counts += np.bincount((layer[:, None] * n_experts + chosen).ravel(), minlength=len(counts))
+    return tuple(tuple(row) for row in counts.reshape(n_layers, n_experts).tolist())
