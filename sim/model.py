@@ -183,6 +183,19 @@ MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe")
 
 
 def _need(config: Mapping[str, Any], key: str, where: str) -> int:
+# What transformers assumes where a config.json is silent, as far as it changes sizes.
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+    "mixtral": {"num_key_value_heads": 8},
+    "qwen2_moe": {"num_key_value_heads": 16, "sliding_window": 4096},
+    "qwen3_moe": {"num_key_value_heads": 4, "sliding_window": 4096},
+    "phimoe": {"num_key_value_heads": 8},
+}
+
+
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ModelError(f"{where}: {key} is {value!r}; expected a whole number above zero")
@@ -190,7 +203,11 @@ def _need(config: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def _dtype(config: Mapping[str, Any], dtype: str, where: str) -> str:
-    name = config.get("dtype", config.get("torch_dtype")) if dtype == "auto" else dtype
+def _may(config: Mapping[str, Any], key: str, default: int, where: str) -> int:
+    return default if config.get(key) is None else _need(config, key, where)
+
+
+    name = (config.get("dtype") or config.get("torch_dtype")) if dtype == "auto" else dtype
     name = str(name or "float32").removeprefix("torch.")
     name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(name, name)
     if name not in DTYPE_BYTES:
@@ -200,49 +217,67 @@ def _dtype(config: Mapping[str, Any], dtype: str, where: str) -> str:
 
 def _attention(config: Mapping[str, Any], family: str, layer: int, where: str) -> AttentionSpec:
     d_model, n_heads = _need(config, "hidden_size", where), _need(config, "num_attention_heads", where)
-    n_kv = config.get("num_key_value_heads") or n_heads
-    head_dim = config.get("head_dim") or d_model // n_heads
+    n_kv = _may(config, "num_key_value_heads", n_heads, where)
+    if n_heads % n_kv:
+        raise ModelError(f"{where}: {n_heads} attention heads cannot share {n_kv} key-value heads; expected a divisor")
+    head_dim = _may(config, "head_dim", d_model // n_heads, where)
     q, kv = n_heads * head_dim, n_kv * head_dim
-    n_params = d_model * (q + 2 * kv) + q * d_model
-    if family in ("qwen2", "qwen2_moe") or config.get("attention_bias"):
-        n_params += q + 2 * kv
-    if config.get("attention_bias") and family in ("llama", "qwen3", "qwen3_moe", "phimoe"):
-        n_params += d_model
+    n_params = d_model * (q + 2 * kv) + q * d_model + _attention_biases(config, family, q + 2 * kv)
     if family in ("qwen3", "qwen3_moe"):
         n_params += 2 * head_dim
     return AttentionSpec(n_heads, n_kv, head_dim, n_params, _window(config, family, layer))
 
 
 def _window(config: Mapping[str, Any], family: str, layer: int) -> int | None:
+def _attention_biases(config: Mapping[str, Any], family: str, qkv: int) -> int:
+    if family == "qwen2" or (family == "qwen2_moe" and config.get("qkv_bias", True)):
+        return qkv
+    if family in ("llama", "qwen3", "qwen3_moe", "phimoe") and config.get("attention_bias"):
+        return qkv + int(config["hidden_size"])
+    return 0
+
+
     window = config.get("sliding_window")
-    if not isinstance(window, int):
+    if not isinstance(window, int) or family == "llama":
         return None
-    if family in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"):
-        if not config.get("use_sliding_window", False):
-            return None
-        kinds = config.get("layer_types")
-        if isinstance(kinds, list) and layer < len(kinds):
-            return window if kinds[layer] == "sliding_attention" else None
-        return window if layer >= config.get("max_window_layers", 0) else None
-    return window if family in ("mistral", "mixtral", "phimoe") else None
+    if family in ("mistral", "mixtral", "phimoe"):
+        return window
+    if not config.get("use_sliding_window"):
+        return None
+    return window if family == "qwen3_moe" or _is_sliding(config, family, layer) else None
+
+
+def _is_sliding(config: Mapping[str, Any], family: str, layer: int) -> bool:
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and layer < len(kinds):
+        return bool(kinds[layer] == "sliding_attention")
+    first_full = config.get("max_window_layers", 28)
+    if family == "qwen2_moe":  # there the limit counts from below, and only every second layer slides
+        return layer % 2 == 0 and layer < first_full
+    return bool(layer >= first_full)
 
 
 def _ffn(config: Mapping[str, Any], family: str, layer: int, where: str) -> FfnSpec:
-    if family in DENSE_FAMILIES:
+    if family in DENSE_FAMILIES or not _routes(config, family, layer):
         return FfnSpec(1, 1, _need(config, "intermediate_size", where))
     top_k = _need(config, "num_experts_per_tok", where)
     if family in ("mixtral", "phimoe"):
-        ffn = FfnSpec(_need(config, "num_local_experts", where), top_k, _need(config, "intermediate_size", where))
-    else:
-        sparse_step = config.get("decoder_sparse_step") or 1
-        if layer in (config.get("mlp_only_layers") or ()) or (layer + 1) % sparse_step != 0:
-            return FfnSpec(1, 1, _need(config, "intermediate_size", where))
-        shared = _need(config, "shared_expert_intermediate_size", where) if family == "qwen2_moe" else 0
-        n_experts = _need(config, "num_experts", where)
-        ffn = FfnSpec(n_experts, top_k, _need(config, "moe_intermediate_size", where), shared_columns=shared)
-    if ffn.top_k > ffn.n_experts:
-        raise ModelError(f"{where}: num_experts_per_tok is {top_k}, more than the {ffn.n_experts} experts")
-    return ffn
+    # transformers 5 writes one family's count under the other's name
+    n_experts = _need(config, "num_local_experts" if "num_local_experts" in config else "num_experts", where)
+    if not top_k <= n_experts or n_experts == 1:
+        raise ModelError(
+            f"{where}: num_experts_per_tok is {top_k} of {n_experts} experts; expected 1 to all of 2 or more"
+        )
+    if family in ("mixtral", "phimoe"):
+        return FfnSpec(n_experts, top_k, _need(config, "intermediate_size", where))
+    shared = _need(config, "shared_expert_intermediate_size", where) if family == "qwen2_moe" else 0
+    return FfnSpec(n_experts, top_k, _need(config, "moe_intermediate_size", where), shared_columns=shared)
+
+
+def _routes(config: Mapping[str, Any], family: str, layer: int) -> bool:
+        return True
+    sparse_step = config.get("decoder_sparse_step") or 1
+    return layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % sparse_step == 0
 
 
 def _layer(config: Mapping[str, Any], family: str, layer: int, where: str) -> LayerSpec:
@@ -268,7 +303,8 @@ def from_config(config: Mapping[str, Any], name: str = "model", dtype: str = "au
     if family not in DENSE_FAMILIES + MOE_FAMILIES:
         known = ", ".join(DENSE_FAMILIES + MOE_FAMILIES)
         raise ModelError(f"{name}: model_type {family!r} is not supported; supported: {known}")
-    if config.get("mlp_bias"):
+    config = {**_DEFAULTS[family], **config}
+    if family == "llama" and config.get("mlp_bias"):
         raise ModelError(f"{name}: mlp_bias is set; MLPs with biases are not supported")
     d_model, vocab = _need(config, "hidden_size", name), _need(config, "vocab_size", name)
     head = vocab * d_model + d_model

@@ -1,0 +1,27 @@
+"""Fixtures that several tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import write_tiny
+
+TinyCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    """tiny_checkpoint("mixtral", shards=True, tie_word_embeddings=True) -> folder; written once per session."""
+    written: dict[str, Path] = {}
+
+    def folder(family: str, **changes: Any) -> Path:
+        key = f"{family} {sorted(changes.items())}"
+        if key not in written:
+            written[key] = write_tiny(tmp_path_factory.mktemp(family), family, **changes)
+        return written[key]
+
+    return folder
