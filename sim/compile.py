@@ -43,10 +43,8 @@ class Dispatch:
     cc: tuple[Part, ...]
 
 
-def dispatch(
-    columns: int, gg: tuple[int, ...], ahead: int, stream_min_tokens: int | None, routing: Routing
-) -> Dispatch:
-    """Split every expert that has tokens: [0, gg) GG, then `ahead` columns CG, the rest CC or routed CG.
+def dispatch(columns: int, gg: tuple[int, ...], tier: Tier, layer: int, routing: Routing) -> Dispatch:
+    """Split every expert that has tokens: [0, gg) GG, then columns that the tier sends (CG), the rest CC.
 
     Columns sent ahead are sent for every expert (the router has not run), but computed only for
     experts with tokens; a part with n_tokens 0 is sent and not computed.
@@ -54,15 +52,25 @@ def dispatch(
     parts: tuple[list[Part], ...] = ([], [], [], [])
     for expert, n_tokens in enumerate(routing):
         resident = gg[expert]
-        sent = min(resident + ahead, columns)
+        sent = min(resident + tier.ahead[layer], columns)
         if n_tokens and resident:
             parts[0].append(Part(expert, 0, resident, n_tokens))
         if sent > resident:
             parts[1].append(Part(expert, resident, sent, n_tokens))
         if n_tokens and columns > sent:
-            routed = stream_min_tokens is not None and n_tokens >= stream_min_tokens
-            parts[2 if routed else 3].append(Part(expert, sent, columns, n_tokens))
+            stop = _routed_stop(tier, sent, columns, n_tokens)
+            if stop > sent:
+                parts[2].append(Part(expert, sent, stop, n_tokens))
+            if columns > stop:
+                parts[3].append(Part(expert, stop, columns, n_tokens))
     return Dispatch(*(tuple(p) for p in parts))
+
+
+def _routed_stop(tier: Tier, start: int, columns: int, n_tokens: int) -> int:
+    """Where the columns that are sent after the router end, for an expert with n_tokens."""
+    if tier.stream_min_tokens is None or n_tokens < tier.stream_min_tokens:
+        return start
+    return columns if tier.stream_columns is None else min(start + tier.stream_columns, columns)
 
 
 @dataclass
@@ -109,7 +117,7 @@ class StepCompiler:
         if part.rest == "CPU":
             return self._mlp_on_cpu(layer, routing)
         columns = self.spec.layers[layer].ffn.columns
-        split = dispatch(columns, part.gg, self.tier.ahead[layer], self.tier.stream_min_tokens, routing)
+        split = dispatch(columns, part.gg, self.tier, layer, routing)
         tasks = self._serial_mlp(layer, split) if not self.tier.overlap else self._overlapping_mlp(layer, split)
         self._prev = tasks[-1].id
         return tasks

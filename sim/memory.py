@@ -64,8 +64,8 @@ def host_columns(spec: ModelSpec, plan: Plan, layer: int) -> tuple[int, ...]:
 def slot_bytes(spec: ModelSpec, plan: Plan, tier: Tier) -> int:
     """Size of one slot: the largest unit that the tier sends.
 
-    Sent ahead: the layer's ahead columns of all experts are one unit. Sent after the router: one
-    expert's remaining host columns are one unit.
+    Sent ahead: the layer's ahead columns of all experts are one unit. Sent after the router: what is
+    sent of one expert is one unit.
     """
     largest = 0
     for i in range(spec.n_layers):
@@ -75,7 +75,8 @@ def slot_bytes(spec: ModelSpec, plan: Plan, tier: Tier) -> int:
         ahead = sum(min(tier.ahead[i], h) for h in host) * spec.column_bytes(i)
         routed = 0
         if tier.stream_min_tokens is not None:
-            routed = max(h - min(tier.ahead[i], h) for h in host) * spec.column_bytes(i)
+            most = spec.layers[i].ffn.columns if tier.stream_columns is None else tier.stream_columns
+            routed = max(min(h, most) for h in host) * spec.column_bytes(i)
         largest = max(largest, ahead, routed)
     return largest
 

@@ -43,9 +43,10 @@ class Tier:
     overlap             False: one task after the other, as llama.cpp, Fiddler and accelerate run
     ahead               per layer: host columns of every expert that are sent whatever the router says
                         (CG chosen by the plan); with overlap, one layer ahead
-    stream_min_tokens   after the router: an expert with at least so many tokens has all its host columns
-                        sent (CG chosen by the step); None sends none. Not together with ahead
+    stream_min_tokens   after the router: an expert with at least so many tokens has its host columns sent
+                        (CG chosen by the step); None sends none. Not together with ahead
     n_slots             buffers on the device that sent columns pass through; 0 if nothing is sent
+    stream_columns      how many of the host columns stream_min_tokens sends, the rest is CC; None: all
     """
 
     name: str
@@ -54,6 +55,7 @@ class Tier:
     ahead: tuple[int, ...]
     stream_min_tokens: int | None
     n_slots: int
+    stream_columns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ def _check_alone(plan: Plan, where: str) -> None:
         sends = tier.stream_min_tokens is not None or any(tier.ahead)
         if sends and tier.n_slots < 1:
             raise FormatError(f"{where}.tiers[{i}].n_slots: is {tier.n_slots}; sending columns needs at least one slot")
+        if tier.stream_columns is not None and (tier.stream_min_tokens is None or tier.stream_columns < 1):
+            raise FormatError(f"{where}.tiers[{i}].stream_columns: needs stream_min_tokens and at least one column")
         if tier.stream_min_tokens is not None and any(tier.ahead):
             raise FormatError(f"{where}.tiers[{i}]: sets both ahead and stream_min_tokens; a tier sends one way")
         if tier.overlap and any(tier.ahead) and tier.n_slots < 2:
