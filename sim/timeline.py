@@ -111,9 +111,9 @@ class Timeline:
 
     def plot(self, **options: Any) -> Any:
         """Gantt chart of this timeline (matplotlib Figure); see sim.plot.gantt."""
-        from sim import plot
+        from sim.plot import gantt
 
-        return plot.gantt([self], **options)
+        return gantt([self], **options)
 
     # -- files ----------------------------------------------------------------------------------------
 
