@@ -1,0 +1,1 @@
+"""What does happen: checkpoints, memory, devices and the executor that runs a plan's task graph."""

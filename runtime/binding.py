@@ -1,0 +1,129 @@
+"""From a layer's tasks to bodies: what each task does to which tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from runtime.devices.base import Body, Device
+from runtime.memory import LayerStore, Slots
+from runtime.ops import Activation, Piece, gated_mlp, routed_mlp
+from runtime.routing import Routed
+from sim.graph import Part, Task
+
+PiecesOf = Callable[[Part], list[Piece]]
+
+
+class LayerBinding:
+    """Binds the MLP tasks of one layer for one step.
+
+    x_SD is the layer's input where the layer lives; the result [S, D] is in `output` once the last
+    task has ended. routed is None for a dense MLP.
+    """
+
+    def __init__(
+        self, store: LayerStore, slots: Slots, device: Device, pinned: bool, act: Activation, x_SD: Tensor, routed: Routed | None
+    ) -> None:
+        self._store, self._slots, self._device, self._pinned, self._act = store, slots, device, pinned, act
+        self._x, self._routed = x_SD, routed
+        self._host_x = x_SD
+        self._host_y = x_SD
+        self._partial: list[Tensor] = []
+        self.output = x_SD
+
+    def bind(self, task: Task, ahead: LayerStore | None) -> Body:
+        """The body of a task; `ahead` holds the weights that an ahead send of the next layer moves."""
+        if task.kind == "send":
+            return self._send(task, ahead or self._store)
+        if task.kind == "act_d2h":
+            return self._to_host
+        if task.kind == "act_h2d":
+            return self._to_device
+        if task.kind == "cc":
+            return lambda: self._compute_on_host(task.parts)
+        if task.kind == "gg":
+            return lambda: self._add(self._mlp(self._x, task.parts, self._resident, on_host=False))
+        if task.kind == "cg":
+            runs = {p.expert: self._slots.run(task.slot, p.expert) for p in task.parts}
+            return lambda: self._add(self._mlp(self._x, task.parts, lambda p: self._sent(p, runs), on_host=False))
+        assert task.kind == "join", f"no body for a {task.kind} task"
+        return self._join
+
+    # -- copies ---------------------------------------------------------------------------------------
+
+    def _send(self, task: Task, store: LayerStore) -> Body:
+        width = 3 * self._x.shape[-1]
+        pairs = send_pairs(store, self._slots, task, width)
+
+        def body() -> None:
+            for target, source in pairs:
+                self._device.copy(target, source, self._pinned)
+
+        return body
+
+    def _to_host(self) -> None:
+        self._host_x = self._device.staging(self._x, "act_d2h", on_host=True)
+        self._device.copy(self._host_x, self._x, pinned=True)
+
+    def _to_device(self) -> None:
+        target = self._device.staging(self._x, "act_h2d", on_host=False)
+        self._device.copy(target, self._host_y, pinned=True)
+        self._add(target)
+
+    # -- arithmetic -----------------------------------------------------------------------------------
+
+    def _compute_on_host(self, parts: Sequence[Part]) -> None:
+        y = self._mlp(self._host_x, parts, self._host, on_host=True)
+        self._host_y = self._device.staging(y, "cc", on_host=True)
+        self._host_y.copy_(y)
+        self.output = y
+
+    def _mlp(self, x: Tensor, parts: Sequence[Part], pieces_of: PiecesOf, on_host: bool) -> Tensor:
+        if self._routed is None:
+            (part,) = parts
+            return gated_mlp(x, pieces_of(part), self._act)
+        experts = [(*self._routed.of_expert(p.expert, on_host), pieces_of(p)) for p in parts]
+        return routed_mlp(x, experts, self._act)
+
+    def _host(self, part: Part) -> list[Piece]:
+        expert = self._store.experts[part.expert]
+        return expert.views(expert.host_run(part.start, part.stop), part.start, part.stop)
+
+    def _resident(self, part: Part) -> list[Piece]:
+        return self._store.experts[part.expert].resident()
+
+    def _sent(self, part: Part, runs: dict[int, Tensor]) -> list[Piece]:
+        return self._store.experts[part.expert].views(runs[part.expert], part.start, part.stop)
+
+    def _add(self, y: Tensor) -> None:
+        self._partial.append(y)
+        self.output = y
+
+    def _join(self) -> None:
+        first, *others = self._partial
+        for y in others:
+            first.add_(y)
+        self.output = first
+
+
+def send_pairs(store: LayerStore, slots: Slots, task: Task, width: int) -> list[tuple[Tensor, Tensor]]:
+    """(target, source) runs of a send task, neighbouring experts' runs merged into one copy."""
+    targets = slots.place(task.slot, task.parts, width)
+    sources = [store.experts[p.expert].host_run(p.start, p.stop) for p in task.parts]
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for target, source in zip(targets, sources, strict=True):
+        if pairs and _follows(pairs[-1][1], source):
+            pairs[-1] = (_joined(pairs[-1][0], target), _joined(pairs[-1][1], source))
+        else:
+            pairs.append((target, source))
+    return pairs
+
+
+def _follows(first: Tensor, second: Tensor) -> bool:
+    same = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    return same and first.storage_offset() + first.numel() == second.storage_offset()
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    return first.as_strided((first.numel() + second.numel(),), (1,), first.storage_offset())

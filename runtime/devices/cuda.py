@@ -1,0 +1,251 @@
+"""The CUDA device: one stream each for compute, H2D and D2H, one CPU worker, a hard memory cap.
+
+Streams are in-order queues already; dependencies between them are events, so nothing in a step
+synchronises the whole device. A CPU task waits for its event in the worker thread; the calling thread
+waits for a CPU task only where its result is sent back, after everything else of the layer was issued.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+import torch
+
+from hwmodels.errors import ExecutionError
+from runtime.clock import now_ns
+from runtime.devices.base import Arena, Body, DeviceKind, Mark, Ticket, WorkerQueue, failure
+from sim.graph import Task
+from sim.plan import Place
+
+_PIN_CHUNK_BYTES = 1 << 30
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+
+
+class _StreamTask:
+    """A task in a stream: its ticket and the events around it."""
+
+    __slots__ = ("end", "start", "ticket")
+
+    def __init__(self, ticket: Ticket) -> None:
+        self.ticket = ticket
+        self.start = _event()
+        self.end = _event()
+
+
+class _EventWait:
+    """An event as something the CPU worker waits for; blocking events sleep instead of spinning."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def wait(self, alive: Callable[[], bool]) -> None:
+        """Return when the event has happened."""
+        del alive  # the driver reports a broken context as an error
+        self._event.synchronize()
+
+
+class CudaDevice:
+    """One CUDA device under a memory cap. See runtime.devices.base.Device for the interface."""
+
+    kind: DeviceKind = "cuda"
+
+    def __init__(self, index: int, vram_bytes: int, cpu_threads: int | None = None) -> None:
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(self.torch_device)
+        total = torch.cuda.get_device_properties(self.torch_device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, vram_bytes / total), self.torch_device)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        self.arena = Arena(vram_bytes)
+        # One core stays with the thread that drives the device.
+        self.cpu_threads = cpu_threads or max(1, len(os.sched_getaffinity(0)) - 1)
+        self._streams = {
+            "GPU": torch.cuda.current_stream(self.torch_device),
+            "H2D": torch.cuda.Stream(self.torch_device),  # type: ignore[no-untyped-call]
+            "D2H": torch.cuda.Stream(self.torch_device),  # type: ignore[no-untyped-call]
+        }
+        self._cpu = WorkerQueue("cpu", self.cpu_threads)
+        self._tickets: dict[str, Ticket] = {}
+        self._stream_tasks: dict[str, _StreamTask] = {}
+        self._staging: dict[str, torch.Tensor] = {}
+        self._registered: list[tuple[int, mmap.mmap]] = []
+        self._entry: torch.cuda.Event | None = None
+        self._closed = False
+        self._reference = _event()
+        self._reference.record(self._streams["GPU"])
+        self._reference.synchronize()
+        self._reference_ns = now_ns()  # event times are relative, the host clock is not
+
+    # -- memory ---------------------------------------------------------------------------------------
+
+    def allocate(self, n_elements: int, dtype: torch.dtype, what: str) -> torch.Tensor:
+        """A flat tensor on the device, accounted for in the arena."""
+        self.arena.take(n_elements * dtype.itemsize, what)
+        return torch.empty(n_elements, dtype=dtype, device=self.torch_device)
+
+    def host_slab(self, n_elements: int, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
+        """Exact-size anonymous memory, registered with the driver in chunks if it is to be page-locked.
+
+        torch's own pinned allocator rounds up to powers of two; a slab of 70 GB would take 128 GB.
+        """
+        n_bytes = n_elements * dtype.itemsize
+        if n_bytes == 0:
+            return torch.empty(0, dtype=dtype)
+        memory = mmap.mmap(-1, n_bytes)
+        slab = torch.frombuffer(memory, dtype=dtype)
+        if pinned:
+            self._register(slab, memory)
+        return slab
+
+    def _register(self, slab: torch.Tensor, memory: mmap.mmap) -> None:
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        for first in range(0, slab.nbytes, _PIN_CHUNK_BYTES):
+            address = slab.data_ptr() + first
+            status = int(runtime.cudaHostRegister(address, min(_PIN_CHUNK_BYTES, slab.nbytes - first), 0))
+            if status != 0:
+                warnings.warn(
+                    f"only {first / 2**30:.1f} of {slab.nbytes / 2**30:.1f} GiB could be page-locked (CUDA error {status}); "
+                    "copies of the rest run at the pageable rate: raise the memlock limit and calibrate again",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return
+            self._registered.append((address, memory))
+
+    def staging(self, like: torch.Tensor, name: str, on_host: bool) -> torch.Tensor:
+        """A persistent buffer: no stream may be handed memory that another still reads."""
+        key = f"{name}/{on_host}"
+        held = self._staging.get(key)
+        if held is None or held.numel() < like.numel() or held.dtype != like.dtype:
+            torch.cuda.synchronize(self.torch_device)  # the old buffer may be in use; happens once per size
+            where = {"pin_memory": True} if on_host else {"device": self.torch_device}
+            held = self._staging[key] = torch.empty(like.numel(), dtype=like.dtype, **where)
+        return held[: like.numel()].view(like.shape)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, pinned: bool) -> None:
+        """Copy in the current stream; from or to ordinary memory the driver makes it synchronous."""
+        target.copy_(source, non_blocking=pinned)
+
+    def peak_bytes(self) -> int:
+        """Most bytes that torch's allocator held."""
+        return int(torch.cuda.max_memory_reserved(self.torch_device))
+
+    # -- tasks ----------------------------------------------------------------------------------------
+
+    def issue(self, tasks: Sequence[Task], bodies: Mapping[str, Body]) -> None:
+        """Launch copies into their streams."""
+        for task in tasks:
+            self._issue(task, bodies[task.id], inline_cpu=False)
+
+    def run(self, tasks: Sequence[Task], bodies: Mapping[str, Body], inline_cpu: bool) -> None:
+        """Launch every task in order; streams do the waiting, and the caller's stream follows the last."""
+        current = tasks[0]
+        self._entry = _event()
+        self._entry.record(self._streams["GPU"])
+        try:
+            for current in tasks:
+                self._issue(current, bodies[current.id], inline_cpu)
+            last = self._stream_tasks.get(tasks[-1].id)
+            if last is not None and tasks[-1].resource != "GPU":
+                last.end.synchronize()
+        except BaseException as error:
+            first = failure(current, error)
+            for ticket in self._tickets.values():
+                if ticket.task.resource == "CPU" and not ticket.done and not self._cpu.alive:
+                    ticket.fail(first)
+            self.forget()
+            raise first from first.__cause__
+
+    def _issue(self, task: Task, body: Body, inline_cpu: bool) -> None:
+        ticket = self._tickets[task.id] = Ticket(task)
+        if task.resource != "CPU":
+            self._launch(ticket, body)
+        elif inline_cpu:
+            start_ns = now_ns()
+            body()
+            ticket.finish(start_ns, now_ns())
+        else:
+            deps = [_EventWait(self._stream_tasks[d].end) for d in task.deps if d in self._stream_tasks]
+            self._cpu.submit(ticket, deps, body)
+
+    def _launch(self, ticket: Ticket, body: Body) -> None:
+        task = ticket.task
+        stream = self._streams[task.resource]
+        if task.kind == "hidden_d2h":  # its source is what the calling thread issued last
+            stream.wait_stream(self._streams["GPU"])
+        for name in task.deps:
+            self._follow(stream, name)
+        entry = self._stream_tasks[task.id] = _StreamTask(ticket)
+        with torch.cuda.stream(stream):
+            entry.start.record(stream)
+            body()
+            entry.end.record(stream)
+
+    def _follow(self, stream: torch.cuda.Stream, name: str) -> None:
+        dep = self._stream_tasks.get(name)
+        if dep is not None:
+            stream.wait_event(dep.end)
+        elif name in self._tickets:  # a CPU task: its end is known to the host alone
+            self._tickets[name].wait(lambda: self._cpu.alive)
+        elif self._entry is not None:  # attention, launched by the caller before this layer's tasks
+            stream.wait_event(self._entry)
+
+    def drain(self) -> list[Ticket]:
+        """Wait for every issued task; times of stream tasks are read from their events."""
+        for ticket in self._tickets.values():
+            entry = self._stream_tasks.get(ticket.task.id)
+            if entry is None:
+                ticket.wait(lambda: self._cpu.alive)
+                continue
+            entry.end.synchronize()
+            ticket.finish(self.resolve(entry.start), self.resolve(entry.end))
+        tickets = list(self._tickets.values())
+        self._tickets, self._stream_tasks = {}, {}
+        return tickets
+
+    def forget(self) -> None:
+        """Wait for the CPU worker and all streams; drop what was issued."""
+        for name, ticket in self._tickets.items():
+            if name not in self._stream_tasks and ticket.task.resource == "CPU":
+                with suppress(ExecutionError, KeyboardInterrupt):
+                    ticket.wait(lambda: self._cpu.alive)
+        torch.cuda.synchronize(self.torch_device)
+        self._tickets, self._stream_tasks = {}, {}
+
+    # -- time -----------------------------------------------------------------------------------------
+
+    def mark(self, place: Place) -> Mark:
+        """An event in the compute stream, or the host time for work of the CPU."""
+        if place == "CPU":
+            return now_ns()
+        event = _event()
+        event.record(self._streams["GPU"])
+        return event
+
+    def resolve(self, mark: Mark) -> int:
+        """Host nanoseconds: the reference's host time plus the time between the two events."""
+        if isinstance(mark, int):
+            return mark
+        mark.synchronize()
+        return self._reference_ns + int(self._reference.elapsed_time(mark) * 1e6)
+
+    def close(self) -> None:
+        """End the worker, unregister and drop host memory, lift the cap."""
+        if self._closed:
+            return
+        self._closed = True
+        self.forget()
+        self._cpu.close()
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        for address, _ in self._registered:
+            runtime.cudaHostUnregister(address)
+        self._registered.clear()
+        self._staging.clear()
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)

@@ -1,0 +1,211 @@
+"""The executor: runs the task graph that sim.compile makes, one layer at a time, and records spans.
+
+The model's own modules run embedding, attention and head on the calling thread; at every MLP the
+executor compiles the layer for the tokens that arrived, binds its tasks to tensors, and lets the device
+run them. What the calling thread does between MLPs is recorded as the embed, attn, head and sample
+tasks of the same graph, so that measured and simulated timelines hold the same task ids.
+
+    begin_step -> embed | enter_layer -> attn | run_mlp -> cc gg send cg ... | enter_head -> head | end_step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from runtime.binding import LayerBinding, send_pairs
+from runtime.devices.base import Body, Device, Mark
+from runtime.memory import WeightStore
+from runtime.ops import Activation
+from runtime.routing import Routed
+from sim.compile import StepCompiler
+from sim.graph import Task
+from sim.model import ModelSpec
+from sim.plan import Plan
+from sim.timeline import Span, Timeline
+from sim.workload import Routing, RoutingTrace, Step
+
+
+@dataclass
+class _StepState:
+    """The step in progress: what was compiled, when the calling thread's tasks began and ended."""
+
+    compiler: StepCompiler
+    caller_tasks: list[tuple[Task, Mark, Mark]] = field(default_factory=list)
+    open_task: Task | None = None
+    since: Mark = 0
+
+
+@dataclass
+class _Recording:
+    """Everything recorded since a run began."""
+
+    spans: list[Span] = field(default_factory=list)
+    routing: dict[tuple[str, int], Routing] = field(default_factory=dict)
+    n_steps: int = 0
+    sample: tuple[Task, Mark] | None = None
+
+
+class Executor:
+    """Runs MLPs by plan. Owned by one model, driven by one thread at a time."""
+
+    def __init__(self, spec: ModelSpec, plan: Plan, device: Device, store: WeightStore, act: Activation) -> None:
+        self.spec, self.plan, self.device, self.store, self.act = spec, plan, device, store, act
+        self._recording = _Recording()
+        self._step: _StepState | None = None
+
+    # -- a run ----------------------------------------------------------------------------------------
+
+    def begin_run(self) -> None:
+        """Forget what was recorded; the next step is the prefill."""
+        self._abandon_step()
+        self._recording = _Recording()
+
+    def end_run(self, info: dict[str, object]) -> tuple[Timeline, RoutingTrace]:
+        """Timeline and routing of everything since the run began."""
+        spans = sorted(self._recording.spans, key=lambda s: (s.start_s, s.end_s))
+        origin_s = spans[0].start_s if spans else 0.0
+        return Timeline("measured", tuple(_shifted(s, origin_s) for s in spans), info), RoutingTrace(
+            dict(self._recording.routing)
+        )
+
+    def close(self) -> None:
+        """Give threads and memory back."""
+        self._abandon_step()
+        self.device.close()
+        self.store = WeightStore((), {})
+
+    # -- a step ---------------------------------------------------------------------------------------
+
+    def begin_step(self, n_tokens: int, kv_tokens: int, batch: int) -> None:
+        """A forward pass begins: n_tokens rows in all, kv_tokens of depth per sequence after it."""
+        self._abandon_step()
+        now = self.device.mark(self.plan.ends)
+        record = self._recording
+        self._close_sample(now)
+        name = "prefill" if record.n_steps == 0 else f"decode{record.n_steps}"
+        record.n_steps += 1
+        compiler = StepCompiler(self.spec, self.plan, Step(name, n_tokens, kv_tokens, batch))
+        embed, *ahead = compiler.begin()
+        self._step = _StepState(compiler, open_task=embed, since=now)
+        self._send_ahead(ahead)
+
+    def enter_layer(self, layer: int, hidden: Tensor) -> Tensor:
+        """A layer begins; its input, carried to where the layer lives."""
+        step = self._current()
+        if step.open_task is not None:
+            self._close()
+        *moves, attn = step.compiler.attention(layer)
+        hidden = self._move(moves, hidden)
+        step.open_task = attn
+        return hidden
+
+    def run_mlp(self, layer: int, x_SD: Tensor, routed: Routed | None) -> Tensor:
+        """The MLP of a layer for the rows x_SD; the sum of all parts, where the layer lives."""
+        step = self._current()
+        self._close()
+        compiler = step.compiler
+        counts = routed.counts if routed is not None else (x_SD.shape[0],)
+        self._recording.routing[compiler.step.name, layer] = counts
+        tasks = compiler.mlp(layer, counts)
+        slots = self.store.slots[compiler.tier.name]
+        binding = LayerBinding(self.store.layers[layer], slots, self.device, self.plan.pinned, self.act, x_SD, routed)
+        bodies = {t.id: binding.bind(t, self.store.layers[t.layer]) for t in tasks}
+        self.device.run(tasks, bodies, inline_cpu=self.plan.layers[layer].rest == "CPU")
+        step.since = self.device.mark(self.plan.layers[layer].rest)
+        return binding.output
+
+    def enter_head(self, hidden: Tensor) -> Tensor:
+        """The layers have ended; their output, carried to where the head lives."""
+        step = self._current()
+        *moves, head, sample = step.compiler.end()
+        hidden = self._move(moves, hidden)
+        step.open_task = head
+        self._recording.sample = (sample, 0)
+        return hidden
+
+    def end_step(self) -> None:
+        """The forward pass has ended: read all its times."""
+        step = self._current()
+        self._close()
+        assert self._recording.sample is not None, "the head was entered"
+        self._recording.sample = (self._recording.sample[0], step.since)
+        for ticket in self.device.drain():
+            self._record(ticket.task, ticket.start_ns, ticket.end_ns)
+        for task, start, end in step.caller_tasks:
+            self._record(task, self.device.resolve(start), self.device.resolve(end))
+        self._step = None
+
+    # -- inside ---------------------------------------------------------------------------------------
+
+    def _current(self) -> _StepState:
+        assert self._step is not None, "a step has begun"
+        return self._step
+
+    def _abandon_step(self) -> None:
+        # An exception left the step before: its tasks have come to rest, its spans mean nothing.
+        if self._step is not None:
+            self.device.forget()
+            self._step, self._recording.sample = None, None
+
+    def _close(self) -> None:
+        step = self._current()
+        task = step.open_task
+        assert task is not None, "a task of the calling thread is open"
+        end = self.device.mark("CPU" if task.resource == "CPU" else "GPU")  # the caller's tasks are CPU or GPU
+        step.caller_tasks.append((task, step.since, end))
+        step.open_task, step.since = None, end
+
+    def _close_sample(self, now: Mark) -> None:
+        if self._recording.sample is not None:
+            task, since = self._recording.sample
+            self._record(task, self.device.resolve(since), self.device.resolve(now))
+            self._recording.sample = None
+
+    def _record(self, task: Task, start_ns: int, end_ns: int) -> None:
+        self._recording.spans.append(
+            Span(
+                task.id, task.kind, task.resource, task.step, task.layer, start_ns / 1e9, end_ns / 1e9, task.bytes, task.flops
+            )
+        )
+
+    def _move(self, moves: Sequence[Task], hidden: Tensor) -> Tensor:
+        for task in moves:
+            to_host = task.kind == "hidden_d2h"
+            target = self.device.staging(hidden, f"{task.kind}.L{task.layer}", to_host)
+            self.device.run([task], {task.id: _copy_body(self.device, [(target, hidden)], True)}, inline_cpu=False)
+            self._current().since = self.device.mark("CPU" if to_host else "GPU")
+            hidden = target
+        return hidden
+
+    def _send_ahead(self, tasks: Sequence[Task]) -> None:
+        bodies: dict[str, Body] = {}
+        for task in tasks:
+            slots = self.store.slots[self._current().compiler.tier.name]
+            pairs = send_pairs(self.store.layers[task.layer], slots, task, 3 * self.spec.d_model)
+            bodies[task.id] = _copy_body(self.device, pairs, self.plan.pinned)
+        if tasks:
+            self.device.issue(tasks, bodies)
+
+
+def _shifted(span: Span, by_s: float) -> Span:
+    start_s, end_s = span.start_s - by_s, span.end_s - by_s
+    return Span(span.task, span.kind, span.resource, span.step, span.layer, start_s, end_s, span.bytes, span.flops)
+
+
+def _copy_body(device: Device, pairs: Sequence[tuple[Tensor, Tensor]], pinned: bool) -> Body:
+    def body() -> None:
+        for target, source in pairs:
+            device.copy(target, source, pinned)
+
+    return body
+
+
+def rows_of(hidden: Tensor) -> Tensor:
+    """Activations [..., D] as rows [S, D]."""
+    return hidden.reshape(-1, hidden.shape[-1])
+
+

@@ -1,0 +1,98 @@
+"""The modules put in place of layer.mlp and layer.mlp.experts, and the hooks that mark a step's parts.
+
+They hold no parameters: weights belong to the executor's store.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from runtime.executor import Executor
+from runtime.routing import Routed
+from runtime.skeleton import decoder_layers
+
+
+class PartitionedMlp(nn.Module):
+    """A dense MLP that an executor runs: [..., D] -> [..., D]."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.executor: Executor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the layer's MLP by plan."""
+        assert self.executor is not None, "attached by runtime.session"
+        rows = x.reshape(-1, x.shape[-1])
+        return self.executor.run_mlp(self.layer, rows, None).reshape(x.shape)
+
+
+class PartitionedExperts(nn.Module):
+    """Routed experts that an executor runs, with the call that transformers 5 makes."""
+
+    def __init__(self, layer: int, n_experts: int) -> None:
+        super().__init__()
+        self.layer, self.num_experts = layer, n_experts
+        self.executor: Executor | None = None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [S, D], top_k_index and top_k_weights [S, k] -> [S, D]."""
+        assert self.executor is not None, "attached by runtime.session"
+        routed = Routed.of(top_k_index, top_k_weights, self.num_experts)
+        return self.executor.run_mlp(self.layer, hidden_states, routed)
+
+
+def attach(model: PreTrainedModel, executor: Executor) -> None:
+    """Let the executor run the model's MLPs, and tell it where steps, layers and the head begin."""
+    for module in model.modules():
+        if isinstance(module, (PartitionedMlp, PartitionedExperts)):
+            module.executor = executor
+    model.register_forward_pre_hook(_begin_step(executor), with_kwargs=True)
+    model.register_forward_hook(lambda *_: executor.end_step())
+    for i, layer in enumerate(decoder_layers(model)):
+        layer.register_forward_pre_hook(_enter_layer(executor, i), with_kwargs=True)
+    norm = model.get_submodule("model.norm")
+    norm.register_forward_pre_hook(lambda _, args: (executor.enter_head(args[0]), *args[1:]))
+
+
+def _begin_step(executor: Executor) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            ids = kwargs["inputs_embeds"][..., 0]
+        batch, n_new = ids.shape
+        cache = kwargs.get("past_key_values")
+        depth = int(cache.get_seq_length()) if cache is not None else 0
+        executor.begin_step(batch * n_new, depth + n_new, batch)
+
+    return hook
+
+
+def _enter_layer(executor: Executor, layer: int) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        before = args[0]
+        hidden = executor.enter_layer(layer, before)
+        if hidden.device != before.device or kwargs_elsewhere(kwargs, hidden.device):
+            kwargs = {name: moved(value, hidden.device) for name, value in kwargs.items()}
+        return (hidden, *args[1:]), kwargs
+
+    return hook
+
+
+def kwargs_elsewhere(kwargs: dict[str, Any], device: torch.device) -> bool:
+    """Whether the rotary tables that a layer is given lie on another device than its input."""
+    tables = kwargs.get("position_embeddings")
+    return isinstance(tables, tuple) and bool(tables) and tables[0].device != device
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Tensors, and tuples of tensors, on another device; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(moved(v, device) for v in value)
+    return value

@@ -1,0 +1,150 @@
+"""Where MLP weights lie: resident pieces on the device, host slabs, slots that sent columns pass through.
+
+A plan cuts an expert's columns at gg and, per tier, after what is sent. Between two cuts lies a piece, stored
+as gate | up | down without gaps, pieces in column order: any range between two cuts is one run of
+memory, so that sending it is one copy, and its down part is contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from runtime.devices.base import Device
+from runtime.ops import Piece, piece_views
+from sim.graph import Part
+from sim.memory import host_columns, slot_bytes
+from sim.model import ModelSpec
+from sim.plan import Plan
+
+
+def cuts(columns: int, gg: int, sent: Sequence[int]) -> tuple[int, ...]:
+    """Column positions at which an expert is cut: 0, gg, gg + what each tier sends, columns; sorted, distinct."""
+    return tuple(sorted({0, gg, columns, *(min(gg + a, columns) for a in sent)}))
+
+
+@dataclass(frozen=True)
+class ExpertStore:
+    """Weights of one expert: columns [0, gg) in `device`, [gg, columns) in `host`, both flat."""
+
+    d_model: int
+    gg: int
+    cuts: tuple[int, ...]
+    device: Tensor
+    host: Tensor
+
+    def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The pieces that make up columns [start, stop)."""
+        inner = [c for c in self.cuts if start <= c <= stop]
+        return list(zip(inner[:-1], inner[1:], strict=True))
+
+    def resident(self) -> list[Piece]:
+        """The GG piece."""
+        return [piece_views(self.device, self.d_model, self.gg)] if self.gg else []
+
+    def host_run(self, start: int, stop: int) -> Tensor:
+        """The run of host memory that holds columns [start, stop)."""
+        width = 3 * self.d_model
+        return self.host[(start - self.gg) * width : (stop - self.gg) * width]
+
+    def views(self, flat: Tensor, start: int, stop: int) -> list[Piece]:
+        """The pieces of columns [start, stop) in a run of memory that begins with column `start`."""
+        width, found = 3 * self.d_model, []
+        for a, b in self.pieces(start, stop):
+            found.append(piece_views(flat[(a - start) * width : (b - start) * width], self.d_model, b - a))
+        return found
+
+    def fill(self, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> None:
+        """Copy an expert's weights from the checkpoint's tensors to where they belong."""
+        for a, b in zip(self.cuts[:-1], self.cuts[1:], strict=True):
+            flat = self.device if b <= self.gg else self.host_run(a, b)
+            gate_up, down = piece_views(flat, self.d_model, b - a)
+            gate_up[: b - a].copy_(gate_FD[a:b])
+            gate_up[b - a :].copy_(up_FD[a:b])
+            down.copy_(down_DF[:, a:b])
+
+
+@dataclass(frozen=True)
+class LayerStore:
+    """The experts of one layer (a dense MLP is one expert)."""
+
+    experts: tuple[ExpertStore, ...]
+
+
+class Slots:
+    """Device buffers that sent columns pass through, and what each holds."""
+
+    def __init__(self, buffers: tuple[Tensor, ...]) -> None:
+        self._buffers = buffers
+        self._held: list[dict[int, Tensor]] = [{} for _ in buffers]
+
+    def place(self, slot: int, parts: Sequence[Part], width: int) -> list[Tensor]:
+        """Lay parts one after the other into a slot; the run of device memory of each."""
+        runs, first = [], 0
+        for part in parts:
+            n = (part.stop - part.start) * width
+            runs.append(self._buffers[slot][first : first + n])
+            first += n
+        self._held[slot] = {part.expert: run for part, run in zip(parts, runs, strict=True)}
+        return runs
+
+    def run(self, slot: int, expert: int) -> Tensor:
+        """The run of memory that holds an expert's sent columns."""
+        return self._held[slot][expert]
+
+
+@dataclass(frozen=True)
+class WeightStore:
+    """All MLP weights of a model, placed as a plan says; slots by tier name."""
+
+    layers: tuple[LayerStore, ...]
+    slots: dict[str, Slots]
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of resident columns."""
+        return sum(e.device.nbytes for la in self.layers for e in la.experts)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of columns in host memory."""
+        return sum(e.host.nbytes for la in self.layers for e in la.experts)
+
+
+def allocate(spec: ModelSpec, plan: Plan, device: Device) -> WeightStore:
+    """Exact-size memory for every column, one host slab and one device slab per layer, and the slots."""
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    layers = []
+    for i, layer in enumerate(spec.layers):
+        width, gg = 3 * spec.d_model, plan.layers[i].gg
+        host = host_columns(spec, plan, i)
+        slab = device.host_slab(sum(host) * width, dtype, plan.pinned)
+        resident = device.allocate(sum(gg) * width, dtype, "GG weights")
+        sent = [t.stream_columns or t.ahead[i] for t in plan.tiers]
+        experts, at_host, at_device = [], 0, 0
+        for g, h in zip(gg, host, strict=True):
+            store = ExpertStore(
+                spec.d_model,
+                g,
+                cuts(layer.ffn.columns, g, sent),
+                resident[at_device : at_device + g * width],
+                slab[at_host : at_host + h * width],
+            )
+            experts.append(store)
+            at_host, at_device = at_host + h * width, at_device + g * width
+        layers.append(LayerStore(tuple(experts)))
+    return WeightStore(tuple(layers), _slots(spec, plan, device, dtype))
+
+
+def _slots(spec: ModelSpec, plan: Plan, device: Device, dtype: torch.dtype) -> dict[str, Slots]:
+    # Tiers never run at once: one region serves them all, cut anew for each tier's slot size.
+    sizes = [slot_bytes(spec, plan, t) // dtype.itemsize for t in plan.tiers]
+    total = max(t.n_slots * size for t, size in zip(plan.tiers, sizes, strict=True))
+    region = device.allocate(total, dtype, "slots")
+    return {
+        tier.name: Slots(tuple(region[i * size : (i + 1) * size] for i in range(tier.n_slots)))
+        for tier, size in zip(plan.tiers, sizes, strict=True)
+    }

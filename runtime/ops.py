@@ -1,0 +1,49 @@
+"""The arithmetic of MLP parts, on whatever device the tensors are.
+
+Letters: S rows (tokens), D model width, C columns of the part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+Activation = Callable[[Tensor], Tensor]
+Piece = tuple[Tensor, Tensor]
+"""gate_up [2C, D] (gate rows, then up rows) and down [D, C], both contiguous."""
+
+
+def piece_views(flat: Tensor, d_model: int, columns: int) -> Piece:
+    """The two matrices of a piece stored as gate | up | down in 3 * D * C consecutive elements."""
+    split = 2 * columns * d_model
+    return flat[:split].view(2 * columns, d_model), flat[split : split + columns * d_model].view(d_model, columns)
+
+
+def gated_mlp(x_SD: Tensor, pieces: Sequence[Piece], act: Activation) -> Tensor:
+    """Sum over pieces of (act(x @ gate.T) * (x @ up.T)) @ down.T: partial output [S, D]."""
+    out: Tensor | None = None
+    for gate_up, down in pieces:
+        gate, up = linear(x_SD, gate_up).chunk(2, dim=-1)
+        part = linear(act(gate) * up, down)
+        out = part if out is None else out.add_(part)
+    assert out is not None, "a part has at least one piece"
+    return out
+
+
+def routed_mlp(
+    x_SD: Tensor,
+    experts: Sequence[tuple[Tensor | None, Tensor, Sequence[Piece]]],
+    act: Activation,
+) -> Tensor:
+    """Weighted sum over experts, each (rows, weights, pieces); rows None means every row once, in order."""
+    out = torch.zeros_like(x_SD)
+    for rows, weights, pieces in experts:
+        if rows is None:
+            out.add_(gated_mlp(x_SD, pieces, act).mul_(weights[:, None].to(x_SD.dtype)))
+        else:
+            y = gated_mlp(x_SD[rows], pieces, act).mul_(weights[:, None].to(x_SD.dtype))
+            out.index_add_(0, rows, y)
+    return out

@@ -1,0 +1,191 @@
+"""load(): a Hugging Face model whose MLPs run by plan.
+
+The returned object keeps its class's `generate`, caches and streamers; it gains `plan`, `last_timeline`,
+`last_routing`, `memory_report()` and `close()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from hwmodels.errors import PlanError
+from hwmodels.schema import to_json
+from hwmodels.units import format_bytes
+from runtime.adapter import Adapter, FfnKind
+from runtime.checkpoint import Checkpoint, read_config
+from runtime.devices import Device, open_device
+from runtime.executor import Executor
+from runtime.ffn import PartitionedExperts, PartitionedMlp, attach
+from runtime.memory import WeightStore, allocate
+from runtime.skeleton import build_skeleton, load_rest
+from sim.memory import Memory, check_memory
+from sim.model import ModelSpec
+from sim.plan import Plan, check_plan
+from sim.timeline import Timeline
+from sim.workload import RoutingTrace
+
+
+class PlannedModel(PreTrainedModel):
+    """What `load` adds to the model's own class; never instantiated itself."""
+
+    executor: Executor
+    device_memory: Memory
+    last_timeline: Timeline | None
+    last_routing: RoutingTrace | None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the model runs by."""
+        return self.executor.plan
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' generate; records the run into last_timeline and last_routing."""
+        kwargs.setdefault("disable_compile", True)  # the executor cannot be traced
+        executor = self.executor
+        executor.begin_run()
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self.last_timeline, self.last_routing = executor.end_run(run_info(executor))
+
+    def memory_report(self) -> dict[str, object]:
+        """Planned bytes by part, and the most device memory that was held."""
+        return {**to_json(self.device_memory), "peak_vram_bytes": self.executor.device.peak_bytes()}
+
+    def close(self) -> None:
+        """End threads, drop weights, give device memory back; safe to call twice."""
+        self.executor.close()
+        for module in self.modules():
+            if isinstance(module, (PartitionedMlp, PartitionedExperts)):
+                module.executor = None
+        for parameter in self.parameters():
+            parameter.data = torch.empty(0)
+
+
+def run_info(executor: Executor) -> dict[str, object]:
+    """What identifies a measured run."""
+    plan = executor.plan
+    return {
+        "model": executor.spec.name,
+        "policy": plan.policy,
+        "plan_id": plan.id,
+        "profile_id": plan.profile_id,
+        "device": executor.device.kind,
+        "dtype": executor.spec.dtype,
+    }
+
+
+def load_planned(
+    path: str | Path,
+    plan: Plan,
+    dtype: str = "auto",
+    device: str = "auto",
+    cpu_threads: int | None = None,
+    host_bytes: int | None = None,
+    progress: bool = False,
+) -> PlannedModel:
+    """Load a checkpoint folder by a plan.
+
+    Everything that can be known beforehand is checked before a weight is read: the plan against the
+    model, its memory against the budget, the checkpoint's headers. Raises PlanError, ModelError or
+    CheckpointError; nothing stays allocated then.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    adapter = Adapter.of(config, folder.name)
+    spec = Adapter.of({**config, "dtype": plan.dtype if dtype == "auto" else dtype}, folder.name).spec
+    check_plan(plan, spec)
+    need = check_memory(spec, plan, host_bytes)
+    with Checkpoint.open(folder) as checkpoint:
+        opened = open_device(device, plan.vram_budget_bytes, cpu_threads)
+        try:
+            return _load(folder, spec, plan, need, adapter, checkpoint, opened, progress)
+        except BaseException:
+            opened.close()
+            raise
+
+
+def _load(
+    folder: Path,
+    spec: ModelSpec,
+    plan: Plan,
+    need: Memory,
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    device: Device,
+    progress: bool,
+) -> PlannedModel:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    model = build_skeleton(folder, dtype, _make_ffn(spec))
+    bar = tqdm(
+        total=spec.weight_bytes, unit="B", unit_scale=True, desc=f"load {spec.name}", disable=not progress, leave=False
+    )
+    with bar:
+        device.arena.take(need.ends + need.rest, "embedding, attention, norms and head")
+        device.arena.take(need.kv + need.activations, "KV cache and activations")
+        store = allocate(spec, plan, device)
+        load_rest(model, checkpoint, adapter, _placement(plan, device), dtype, bar.update)
+        _load_ffns(store, checkpoint, adapter, spec, bar.update)
+    _audit(need, store)
+    planned = _adopt(model)
+    planned.executor = Executor(spec, plan, device, store, ACT2FN[model.config.hidden_act])
+    planned.device_memory = need
+    planned.last_timeline, planned.last_routing = None, None
+    attach(planned, planned.executor)
+    return planned
+
+
+def _make_ffn(spec: ModelSpec) -> Callable[[int, FfnKind, nn.Module], nn.Module]:
+    def make(layer: int, kind: FfnKind, original: nn.Module) -> nn.Module:
+        del original
+        return PartitionedMlp(layer) if kind == "dense" else PartitionedExperts(layer, spec.layers[layer].ffn.n_experts)
+
+    return make
+
+
+def _placement(plan: Plan, device: Device) -> Callable[[str], torch.device]:
+    cpu = torch.device("cpu")
+
+    def place(name: str) -> torch.device:
+        if name.startswith("model.layers."):
+            here = plan.layers[int(name.split(".")[2])].rest
+        else:
+            here = plan.ends
+        return device.torch_device if here == "GPU" else cpu
+
+    return place
+
+
+def _load_ffns(
+    store: WeightStore, checkpoint: Checkpoint, adapter: Adapter, spec: ModelSpec, progress: Callable[[int], object]
+) -> None:
+    for i, layer in enumerate(store.layers):
+        expert_bytes = spec.layers[i].ffn.columns * spec.column_bytes(i)
+        for e, expert in enumerate(layer.experts):
+            expert.fill(*adapter.read_ffn(checkpoint, i, e))
+            progress(expert_bytes)
+
+
+def _audit(need: Memory, store: WeightStore) -> None:
+    """Placed bytes against planned bytes: a difference is our own error and must not pass in silence."""
+    if store.device_bytes != need.gg:
+        raise PlanError(
+            f"memory audit: {format_bytes(store.device_bytes)} of columns were placed on the device, the plan says "
+            f"{format_bytes(need.gg)}; report this plan"
+        )
+
+
+def _adopt(model: PreTrainedModel) -> PlannedModel:
+    # The model's own class, with PlannedModel's methods in front: isinstance and class name stay true.
+    cls = type(model)
+    model.__class__ = type(cls.__name__, (PlannedModel, cls), {"__module__": cls.__module__})
+    assert isinstance(model, PlannedModel)
+    return model
