@@ -135,18 +135,20 @@ class _Run:
 class _SharedRun(_Run):
     """One execution where active resources slow each other: tasks in flight have work left and a rate.
 
-    left_s is the time that the work left takes alone, at the instant since_s; timer is the event that
-    ends the task unless the rate changes first. Lists are indexed by resource.
+    left_s is the time that the work left takes alone, counted at the instant since_s; timer is the event
+    that ends the task, unless the rate changes first. Lists are indexed by resource; a rate of zero
+    means that nothing is in flight, or not yet at a known rate.
     """
 
-    def __init__(self, graph: TaskGraph, prices: Prices, start_s: float, rates: Rates) -> None:
+    def __init__(self, graph: TaskGraph, prices: Prices, start_s: float, rates_of: Rates) -> None:
         super().__init__(graph, prices, start_s)
-        self.rates_of = rates
-        self.known: dict[tuple[bool, ...], list[float]] = {}
-        self.active = [False for _ in RESOURCES]
+        self.rates_of = rates_of
+        self.known: dict[int, list[float]] = {}
+        self.active = 0  # a bit per resource
         self.task = [-1 for _ in RESOURCES]
         self.left_s, self.since_s, self.rate = ([0.0 for _ in RESOURCES] for _ in range(3))
         self.timer: list[Event | None] = [None for _ in RESOURCES]
+        self.changed = False
 
     def go(self) -> None:
         """Run every task."""
@@ -160,16 +162,21 @@ class _SharedRun(_Run):
         if self.duration_s[i] == 0.0:  # takes nothing from the others
             self.timer[r] = self._after(0.0, i, self._ended)
             return
-        self.active[r], self.task[r], self.timer[r] = True, i, None
-        self.left_s[r], self.since_s[r], self.rate[r] = self.duration_s[i], self.env.now, 0.0
+        self.active |= 1 << r
+        self.task[r], self.left_s[r], self.since_s[r] = i, self.duration_s[i], self.env.now
+        self.changed = True
 
     def _ended(self, event: Event) -> None:
         i: int = event.value  # type: ignore[assignment]
         r = self.resource[i]
-        if self.timer[r] is event:  # else its end was set anew
-            self.active[r] = False
-            super()._ended(event)
-            self._retime()
+        if self.timer[r] is not event:  # its end was set anew
+            return
+        if self.rate[r]:
+            self.active &= ~(1 << r)
+            self.rate[r] = 0.0
+            self.changed = True
+        super()._ended(event)
+        self._retime()
 
     def _handed_over(self, event: Event) -> None:
         super()._handed_over(event)
@@ -177,24 +184,25 @@ class _SharedRun(_Run):
 
     def _retime(self) -> None:
         """Give every task in flight the rate of the resources now active, and set its end where that changed."""
+        if not self.changed:
+            return
+        self.changed = False
         now = self.env.now
-        rates = self._rates()
-        for r, active in enumerate(self.active):
-            if active and rates[r] != self.rate[r]:
+        rates = self.known.get(self.active) or self._rates()
+        for r, rate in enumerate(rates):
+            if rate != self.rate[r]:
                 self.left_s[r] = max(0.0, self.left_s[r] - (now - self.since_s[r]) * self.rate[r])
-                self.since_s[r], self.rate[r] = now, rates[r]
-                self.timer[r] = self._after(self.left_s[r] / rates[r], self.task[r], self._ended)
+                self.since_s[r], self.rate[r] = now, rate
+                self.timer[r] = self._after(self.left_s[r] / rate, self.task[r], self._ended)
 
     def _rates(self) -> list[float]:
-        key = tuple(self.active)
-        rates = self.known.get(key)
-        if rates is None:
-            names = frozenset(name for name, active in zip(RESOURCES, key, strict=True) if active)
-            given = self.rates_of(names)
-            bad = sorted(name for name in names if not 0.0 < given.get(name, 1.0) < math.inf)
-            if bad:
-                raise GraphError(
-                    f"rate of {bad[0]} beside {sorted(names)} is {given[bad[0]]}; expected a rate above zero"
-                )
-            rates = self.known[key] = [given.get(name, 1.0) for name in RESOURCES]
+        """Rates of the active resources, zero for the others."""
+        names = frozenset(name for r, name in enumerate(RESOURCES) if self.active >> r & 1)
+        given = self.rates_of(names)
+        for name in names:
+            if not 0.0 < given.get(name, 1.0) < math.inf:
+                found = f"{name} runs at a rate of {given[name]} beside {sorted(names)}"
+                raise GraphError(f"{found}; expected a finite rate above zero")
+        rates = [given.get(name, 1.0) if name in names else 0.0 for name in RESOURCES]
+        self.known[self.active] = rates
         return rates

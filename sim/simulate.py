@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from hwmodels.errors import FormatError
 from hwmodels.profile import HardwareProfile
+from hwmodels.work import copy
 from sim.compile import RoutingOf, compile_step
 from sim.cost import EVIDENCE, price
 from sim.engine import schedule, spans
@@ -15,6 +19,8 @@ from sim.model import ModelSpec
 from sim.plan import Plan, Prediction, check_plan
 from sim.timeline import Span, Timeline
 from sim.workload import Routing, RoutingTrace, Step, Workload, sample_routing
+
+Table = npt.NDArray[np.float64]
 
 
 def simulate(
@@ -57,35 +63,79 @@ def simulate(
 
 
 def forecast(
-    spec: ModelSpec, plan: Plan, profile: HardwareProfile, workload: Workload, contention: bool = True
+    spec: ModelSpec,
+    plan: Plan,
+    profile: HardwareProfile,
+    workload: Workload,
+    contention: bool = True,
+    routing: RoutingTrace | None = None,
 ) -> Prediction:
     """What `simulate` would say of a workload's speed, from the prefill and a few decode steps.
 
-    The time of a decode step is interpolated linearly over the steps between those simulated.
+    The time of a decode step is fitted linearly to its depth and to what its routing asks of the CPU and
+    of the link, and what the fit leaves is interpolated over depth: the routing of all steps is cheap to
+    know, and decode time varies with little else. Exact where all decode steps are simulated.
     """
     check_plan(plan, spec)
-    where = routing_of(spec, workload)
+    where = routing_of(spec, workload, routing)
     rates = profile.rates if contention else None
 
     def wall_s(step: Step) -> float:
         graph = compile_step(spec, plan, step, where)
         return max(schedule(graph, price(graph, profile), rates)[1])
 
+    def demand(steps: Sequence[Step]) -> Table:
+        return _demand(steps, spec, plan, profile, where)
+
     prefill, *decode = representative(workload)
-    ttft_s = wall_s(prefill)
-    tpot_s = 0.0
+    ttft_s, tpot_s = wall_s(prefill), 0.0
     if decode:
-        every_kv = np.arange(decode[0].kv_tokens, decode[-1].kv_tokens + 1)
-        at_kv = [step.kv_tokens for step in decode]
-        tpot_s = float(np.interp(every_kv, at_kv, [wall_s(step) for step in decode]).mean())
+        tpot_s = _mean_s(demand(decode), [wall_s(step) for step in decode], demand(_spread(workload.steps()[1:], 128)))
     return Prediction(ttft_s, tpot_s, prefill.n_tokens / ttft_s, workload.batch / tpot_s if tpot_s else 0.0)
 
 
 def representative(workload: Workload, n_decode: int = 8) -> tuple[Step, ...]:
     """Prefill and at most n_decode decode steps, evenly spread from the first to the last."""
     prefill, *decode = workload.steps()
-    chosen = {round(i) for i in np.linspace(0, len(decode) - 1, min(n_decode, len(decode)))}
-    return (prefill, *(decode[i] for i in sorted(chosen)))
+    return (prefill, *_spread(decode, n_decode))
+
+
+def _spread(steps: Sequence[Step], n: int) -> list[Step]:
+    return [steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(n, len(steps)))]
+
+
+def _mean_s(known: Table, wall_s: list[float], wanted: Table) -> float:
+    """Mean wall time of steps by their demand, from the wall times of a few whose demand is known."""
+    scale = np.maximum(known.max(axis=0), 1e-30)
+    fit = np.linalg.lstsq(known / scale, np.array(wall_s), rcond=None)[0]
+    left_s = np.array(wall_s) - known / scale @ fit
+    depth = 1  # column of the demand
+    return float(np.mean(wanted / scale @ fit + np.interp(wanted[:, depth], known[:, depth], left_s)))
+
+
+def _demand(steps: Sequence[Step], spec: ModelSpec, plan: Plan, profile: HardwareProfile, where: RoutingOf) -> Table:
+    """Per step: 1, its depth in tokens, and the seconds that its routing asks of the CPU and of the link."""
+    demand = np.zeros((len(steps), 4))
+    demand[:, 0], demand[:, 1] = 1.0, [step.kv_tokens for step in steps]
+    tier = plan.tier(steps[0].n_tokens)
+    for i, (layer, part) in enumerate(zip(spec.layers, plan.layers, strict=True)):
+        if not layer.ffn.is_moe:
+            continue
+        at_home = part.rest == "CPU"  # such a layer sends nothing
+        send_from = math.inf if at_home or tier.stream_min_tokens is None else tier.stream_min_tokens
+        host = np.array([max(layer.ffn.columns - gg - (0 if at_home else tier.ahead[i]), 0) for gg in part.gg])
+        n_tokens = np.array([where(step, i) for step in steps])
+        for columns in set(host.tolist()) - {0}:
+            counts, at = np.unique(n_tokens[:, host == columns], return_inverse=True)
+            seconds = np.zeros((len(counts), 2))
+            for row, n in zip(seconds, counts.tolist(), strict=True):
+                if n >= send_from:
+                    sent = copy(columns * spec.column_bytes(i), spec.dtype, plan.pinned)
+                    row[1] = profile.time_s("H2D", sent).seconds
+                elif n:
+                    row[0] = profile.time_s("CPU", spec.ffn_work(i, n, columns)).seconds
+            demand[:, 2:] += seconds[at.reshape(len(steps), -1)].sum(axis=1)
+    return demand
 
 
 def routing_of(spec: ModelSpec, workload: Workload, trace: RoutingTrace | None = None) -> RoutingOf:
