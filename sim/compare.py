@@ -78,9 +78,9 @@ class Comparison:
 
     def plot(self) -> Figure:
         """Both timelines over one time axis (sim.plot.gantt)."""
-        from sim import plot
+        from sim.plot import gantt
 
-        return plot.gantt([self.simulated, self.measured])
+        return gantt([self.simulated, self.measured])
 
 
 def compare(simulated: Timeline, measured: Timeline) -> Comparison:

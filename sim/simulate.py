@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ import numpy.typing as npt
 from hwmodels.errors import FormatError
 from hwmodels.profile import HardwareProfile
 from hwmodels.work import copy
-from sim.compile import RoutingOf, compile_step
+from sim.compile import RoutingOf, compile_step, dispatch
 from sim.cost import EVIDENCE, price
 from sim.engine import schedule, spans
 from sim.model import ModelSpec
@@ -117,25 +116,32 @@ def _demand(steps: Sequence[Step], spec: ModelSpec, plan: Plan, profile: Hardwar
     """Per step: 1, its depth in tokens, and the seconds that its routing asks of the CPU and of the link."""
     demand = np.zeros((len(steps), 4))
     demand[:, 0], demand[:, 1] = 1.0, [step.kv_tokens for step in steps]
-    tier = plan.tier(steps[0].n_tokens)
     for i, (layer, part) in enumerate(zip(spec.layers, plan.layers, strict=True)):
         if not layer.ffn.is_moe:
             continue
-        at_home = part.rest == "CPU"  # such a layer sends nothing
-        send_from = math.inf if at_home or tier.stream_min_tokens is None else tier.stream_min_tokens
-        host = np.array([max(layer.ffn.columns - gg - (0 if at_home else tier.ahead[i]), 0) for gg in part.gg])
         n_tokens = np.array([where(step, i) for step in steps])
-        for columns in set(host.tolist()) - {0}:
-            counts, at = np.unique(n_tokens[:, host == columns], return_inverse=True)
-            seconds = np.zeros((len(counts), 2))
-            for row, n in zip(seconds, counts.tolist(), strict=True):
-                if n >= send_from:
-                    sent = copy(columns * spec.column_bytes(i), spec.dtype, plan.pinned)
-                    row[1] = profile.time_s("H2D", sent).seconds
-                elif n:
-                    row[0] = profile.time_s("CPU", spec.ffn_work(i, n, columns)).seconds
+        for gg in set(part.gg):
+            counts, at = np.unique(n_tokens[:, [g == gg for g in part.gg]], return_inverse=True)
+            seconds = np.array([_expert_s(spec, plan, profile, steps[0], i, gg, n) for n in counts.tolist()])
             demand[:, 2:] += seconds[at.reshape(len(steps), -1)].sum(axis=1)
     return demand
+
+
+def _expert_s(
+    spec: ModelSpec, plan: Plan, profile: HardwareProfile, step: Step, layer: int, gg: int, n_tokens: int
+) -> tuple[float, float]:
+    """Seconds that n_tokens ask of the CPU and of the link, for an expert with gg resident columns."""
+    columns, tier = spec.layers[layer].ffn.columns, plan.tier(step.n_tokens)
+    cpu = sent = 0
+    if plan.layers[layer].rest == "CPU":
+        cpu = columns
+    elif n_tokens:
+        split = dispatch(columns, (gg,), tier, layer, (n_tokens,))
+        cpu, sent = (sum(part.stop - part.start for part in parts) for parts in (split.cc, split.routed))
+    return (
+        profile.time_s("CPU", spec.ffn_work(layer, n_tokens, cpu)).seconds if n_tokens and cpu else 0.0,
+        profile.time_s("H2D", copy(sent * spec.column_bytes(layer), spec.dtype, plan.pinned)).seconds if sent else 0.0,
+    )
 
 
 def routing_of(spec: ModelSpec, workload: Workload, trace: RoutingTrace | None = None) -> RoutingOf:
