@@ -55,10 +55,19 @@ def format_bytes(n_bytes: float) -> str:
     value = float(n_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:
-            digits = ".0f" if unit == "B" else ".3g" if value >= 100 else ".2f"
+            digits = ".0f" if unit == "B" or abs(value) >= 99.95 else ".2f"
             return f"{value:{digits}} {unit}"
         value /= 1024
     return f"{value:.2f} TiB"
+
+
+def format_number(value: float) -> str:
+    """A number for people: three digits, all before the point where there are more.
+
+    >>> format_number(0.12345), format_number(12.345), format_number(12345.6)
+    ('0.123', '12.3', '12346')
+    """
+    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -69,5 +78,5 @@ def format_seconds(seconds: float) -> str:
     """
     for limit, scale, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms")):
         if abs(seconds) < limit:
-            return f"{seconds * scale:.3g} {unit}"
-    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:.0f} s"
+            return f"{format_number(seconds * scale)} {unit}"
+    return f"{format_number(seconds)} s"

@@ -15,8 +15,10 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from hwmodels.errors import FormatError
 from hwmodels.profile import HardwareProfile, Resource
+from hwmodels.units import format_number
 from hwmodels.work import Work
 from sim.chart import BLACK, GREY, LIGHT, MARKERS, MEASURED, SERIES, SIMULATED, Chart, chart, styled
+from sim.compare import Comparison
 from sim.gantt import gantt, gantt_step
 
 __all__ = ["error_bars", "gantt", "gantt_step", "pareto", "ranking", "roofline", "scatter"]
@@ -86,29 +88,29 @@ def scatter(rows: Sequence[Row], metric: str = "decode_tok_s", title: str | None
 
 
 @styled
-def error_bars(errors: Mapping[str, Mapping[str, float]], title: str | None = None) -> Chart:
-    """Relative errors as bars, simulated over measured minus one: a group per label, a colour per series.
+def error_bars(comparisons: Comparison | Mapping[str, Comparison], title: str | None = None) -> Chart:
+    """Errors of time to first token, time per token, busy time by resource and by kind, as bars.
 
-    errors  label -> value by series, such as ``{"with contention": {"prefill": 0.02, "decode": -0.04}}``
-            FormatError if it is empty
+    Several comparisons by name, such as with and without contention, get a colour each. Resources and
+    kinds that take less than 1 % of the measured time are left out: their error decides nothing.
     """
-    labels = list(dict.fromkeys(label for values in errors.values() for label in values))
+    named = {"": comparisons} if isinstance(comparisons, Comparison) else dict(comparisons)
+    errors = {name: _errors(comparison) for name, comparison in named.items()}
+    labels = list(dict.fromkeys(label for values in errors.values() for label in values))[::-1]
     if not labels:
         raise FormatError("there is no error to draw; compare a simulated with a measured timeline first")
-    figure, axes = chart(5.6, 0.9 + 0.3 * len(labels) * max(1, len(errors) * 0.7))
+    figure, axes = chart(5.6, 0.9 + 0.26 * len(labels) * max(1, len(errors) * 0.7))
     thickness = 0.8 / len(errors)
-    for i, (series, values) in enumerate(errors.items()):
-        for y, label in enumerate(reversed(labels)):
-            value = values.get(label)
-            if value is not None:
-                at = y + 0.4 - thickness * (i + 0.5)
-                axes.barh(at, value * 100, thickness * 0.9, color=SERIES[i], label=series if not y else None)
-                side = 4 if value >= 0 else -4
-                align = "left" if value >= 0 else "right"
-                place = (value * 100, at), (side, 0)
-                axes.annotate(f"{value:+.1%}", *place, textcoords="offset points", ha=align, va="center", fontsize=7)
+    for i, (name, values) in enumerate(errors.items()):
+        at = {y + 0.4 - thickness * (i + 0.5): values[label] * 100 for y, label in enumerate(labels) if label in values}
+        axes.barh(list(at), list(at.values()), thickness * 0.9, color=SERIES[i], label=name)
+        for y, value in at.items():
+            offset, align = (4, "left") if value >= 0 else (-4, "right")
+            text = f"{value:+.1f} %"
+            axes.annotate(text, (value, y), (offset, 0), textcoords="offset points", ha=align, va="center", fontsize=7)
     axes.axvline(0, color=BLACK, linewidth=0.8)
-    axes.set_yticks(range(len(labels)), list(reversed(labels)))
+    axes.use_sticky_edges = False  # labels need room on the side of zero, too
+    axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.2)
     axes.set_xlabel("simulated − measured, in % of measured")
@@ -208,8 +210,8 @@ def _best(pair: tuple[Row, float | None, float | None], metric: str) -> float:
 
 def _note(simulated: float | None, measured: float | None) -> str:
     if simulated is None or not measured:
-        return f"{simulated or measured:.3g}"
-    return f"{measured:.3g}  ({simulated / measured - 1:+.1%})"
+        return format_number(simulated or measured or 0.0)
+    return f"{format_number(measured)}  ({simulated / measured - 1:+.1%})"
 
 
 def _names(pairs: Sequence[tuple[Row, float | None, float | None]], key: str) -> list[str]:
@@ -228,6 +230,15 @@ def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         if not front or y > front[-1][1]:
             front.append((x, y))
     return front
+
+
+def _errors(comparison: Comparison) -> dict[str, float]:
+    names = {"ttft_s": "TTFT", "tpot_s": "TPOT"}
+    errors = {names[str(k)]: float(v) for k, v in comparison.end_to_end["error"].items() if str(k) in names}
+    for table, what in ((comparison.resources, "busy"), (comparison.kinds, "tasks")):
+        counted = table[table["measured_s"] > 0.01 * comparison.measured.makespan_s]
+        errors |= {f"{name} {what}": float(error) for name, error in counted["error"].items()}
+    return {label: error for label, error in errors.items() if error == error}  # NaN: nothing was measured
 
 
 # -- axes ---------------------------------------------------------------------------------------------
