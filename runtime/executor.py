@@ -66,6 +66,8 @@ class Executor:
 
     def end_run(self, info: dict[str, object]) -> tuple[Timeline, RoutingTrace]:
         """Timeline and routing of everything since the run began."""
+        if self._step is None:
+            self._close_sample(self.device.mark(self.plan.ends))
         spans = sorted(self._recording.spans, key=lambda s: (s.start_s, s.end_s))
         origin_s = spans[0].start_s if spans else 0.0
         return Timeline("measured", tuple(_shifted(s, origin_s) for s in spans), info), RoutingTrace(
@@ -106,7 +108,6 @@ class Executor:
     def run_mlp(self, layer: int, x_SD: Tensor, routed: Routed | None) -> Tensor:
         """The MLP of a layer for the rows x_SD; the sum of all parts, where the layer lives."""
         step = self._current()
-        self._close()
         compiler = step.compiler
         counts = routed.counts if routed is not None else (x_SD.shape[0],)
         self._recording.routing[compiler.step.name, layer] = counts
@@ -114,6 +115,7 @@ class Executor:
         slots = self.store.slots[compiler.tier.name]
         binding = LayerBinding(self.store.layers[layer], slots, self.device, self.plan.pinned, self.act, x_SD, routed)
         bodies = {t.id: binding.bind(t, self.store.layers[t.layer]) for t in tasks}
+        self._close()  # deciding and binding is the caller's work and counts as part of attn
         self.device.run(tasks, bodies, inline_cpu=self.plan.layers[layer].rest == "CPU")
         step.since = self.device.mark(self.plan.layers[layer].rest)
         return binding.output

@@ -26,7 +26,7 @@ from runtime.executor import Executor
 from runtime.ffn import PartitionedExperts, PartitionedMlp, attach
 from runtime.memory import WeightStore, allocate
 from runtime.skeleton import build_skeleton, load_rest
-from sim.memory import Memory, check_memory
+from sim.memory import Memory, check_memory, memory
 from sim.model import ModelSpec
 from sim.plan import Plan, check_plan
 from sim.timeline import Timeline
@@ -103,44 +103,44 @@ def load_planned(
     adapter = Adapter.of(config, folder.name)
     spec = Adapter.of({**config, "dtype": plan.dtype if dtype == "auto" else dtype}, folder.name).spec
     check_plan(plan, spec)
-    need = check_memory(spec, plan, host_bytes)
+    check_memory(spec, plan, host_bytes)
     with Checkpoint.open(folder) as checkpoint:
         opened = open_device(device, plan.vram_budget_bytes, cpu_threads)
-        try:
-            return _load(folder, spec, plan, need, adapter, checkpoint, opened, progress)
-        except BaseException:
-            opened.close()
-            raise
+        bar = tqdm(
+            total=spec.weight_bytes, unit="B", unit_scale=True, desc=f"load {spec.name}", disable=not progress, leave=False
+        )
+
+        def fill(model: PreTrainedModel, store: WeightStore) -> None:
+            load_rest(model, checkpoint, adapter, placement(plan, opened), getattr(torch, spec.dtype), bar.update)
+            _load_ffns(store, checkpoint, adapter, spec, bar.update)
+
+        with bar:
+            return assemble(folder, spec, plan, opened, fill)
 
 
-def _load(
-    folder: Path,
-    spec: ModelSpec,
-    plan: Plan,
-    need: Memory,
-    adapter: Adapter,
-    checkpoint: Checkpoint,
-    device: Device,
-    progress: bool,
-) -> PlannedModel:
-    dtype: torch.dtype = getattr(torch, spec.dtype)
-    model = build_skeleton(folder, dtype, _make_ffn(spec))
-    bar = tqdm(
-        total=spec.weight_bytes, unit="B", unit_scale=True, desc=f"load {spec.name}", disable=not progress, leave=False
-    )
-    with bar:
+Fill = Callable[[PreTrainedModel, WeightStore], None]
+"""Gives values to a skeleton's parameters and to the MLP weights."""
+
+
+def assemble(folder: Path, spec: ModelSpec, plan: Plan, device: Device, fill: Fill) -> PlannedModel:
+    """A model of a folder's config whose MLPs the device runs by plan; closes the device on failure."""
+    try:
+        need = memory(spec, plan)
+        model = build_skeleton(folder, getattr(torch, spec.dtype), _make_ffn(spec))
         device.arena.take(need.ends + need.rest, "embedding, attention, norms and head")
         device.arena.take(need.kv + need.activations, "KV cache and activations")
         store = allocate(spec, plan, device)
-        load_rest(model, checkpoint, adapter, _placement(plan, device), dtype, bar.update)
-        _load_ffns(store, checkpoint, adapter, spec, bar.update)
-    _audit(need, store)
-    planned = _adopt(model)
-    planned.executor = Executor(spec, plan, device, store, ACT2FN[model.config.hidden_act])
-    planned.device_memory = need
-    planned.last_timeline, planned.last_routing = None, None
-    attach(planned, planned.executor)
-    return planned
+        fill(model, store)
+        _audit(need, store)
+        planned = _adopt(model)
+        planned.executor = Executor(spec, plan, device, store, ACT2FN[model.config.hidden_act])
+        planned.device_memory = need
+        planned.last_timeline, planned.last_routing = None, None
+        attach(planned, planned.executor)
+        return planned
+    except BaseException:
+        device.close()
+        raise
 
 
 def _make_ffn(spec: ModelSpec) -> Callable[[int, FfnKind, nn.Module], nn.Module]:
@@ -151,7 +151,8 @@ def _make_ffn(spec: ModelSpec) -> Callable[[int, FfnKind, nn.Module], nn.Module]
     return make
 
 
-def _placement(plan: Plan, device: Device) -> Callable[[str], torch.device]:
+def placement(plan: Plan, device: Device) -> Callable[[str], torch.device]:
+    """Where each parameter that is not an MLP's goes."""
     cpu = torch.device("cpu")
 
     def place(name: str) -> torch.device:

@@ -1,0 +1,127 @@
+"""What people type after a flag, read once: sizes, counts, lists, ranges, names. ValueError says what is wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from hwmodels.errors import FormatError
+from hwmodels.units import parse_size
+
+_RANGE = re.compile(r"(\d+)-(\d+)(?:([+*])(\d+))?")
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_MAX_LIST = 10_000
+
+
+def size(text: str) -> int:
+    """Bytes of a size above zero."""
+    n_bytes = parse_size(text)
+    if n_bytes == 0:
+        raise FormatError(f"{text!r} is zero bytes; expected a size above zero, such as 8GiB")
+    return n_bytes
+
+
+def count(text: str) -> int:
+    """A whole number above zero."""
+    return _whole(text, 1)
+
+
+def whole(text: str) -> int:
+    """A whole number, zero or more."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not re.fullmatch(r"[+-]?\d+", text.strip()) or int(text) < least:
+        raise FormatError(f"{text!r} is not a whole number of at least {least}")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """A finite number, zero or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < float("inf"):
+        raise FormatError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Whole numbers above zero: a comma list with ranges `first-last+step` and `first-last*factor`.
+
+    >>> counts("32,512-1536+512")
+    (32, 512, 1024, 1536)
+    """
+    return _numbers(text, count)
+
+
+def wholes(text: str) -> tuple[int, ...]:
+    """As `counts`, zero allowed."""
+    return _numbers(text, whole)
+
+
+def _numbers(text: str, single: Callable[[str], int]) -> tuple[int, ...]:
+    found: list[int] = []
+    for item in names(text):
+        match = _RANGE.fullmatch(item)
+        found += [single(str(value)) for value in _range(match, item)] if match else [single(item)]
+    return tuple(dict.fromkeys(found))
+
+
+def _range(match: re.Match[str], text: str) -> list[int]:
+    value, last, sign, step = int(match[1]), int(match[2]), match[3] or "+", int(match[4] or 1)
+    if value > last or step < 1 or (sign == "*" and (step < 2 or value < 1)):
+        raise FormatError(f"the range {text!r} does not rise; write it as first-last+step or first-last*factor")
+    values = []
+    while value <= last:
+        values.append(value)
+        value = value + step if sign == "+" else value * step
+        if len(values) > _MAX_LIST:
+            raise FormatError(f"the range {text!r} has more than {_MAX_LIST} values; take a larger step")
+    return values
+
+
+def names(text: str) -> tuple[str, ...]:
+    """A comma list of words, none of them empty."""
+    items = tuple(item.strip() for item in text.split(","))
+    if not all(items):
+        raise FormatError(f"{text!r} has an empty entry; write it as a,b,c")
+    return items
+
+
+def path(text: str) -> Path:
+    """A file or folder name that is not empty."""
+    if not text.strip():
+        raise FormatError("the file name is empty")
+    return Path(text).expanduser()
+
+
+def paths(text: str) -> tuple[Path, ...]:
+    """A comma list of file names."""
+    return tuple(path(item) for item in names(text))
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Reader of one of some words."""
+
+    def read(text: str) -> str:
+        if text not in choices:
+            raise FormatError(f"{text!r} is not known; choose {', '.join(choices)}")
+        return text
+
+    return read
+
+
+def dtype(text: str) -> str:
+    """A weight type by its full or short name."""
+    return one_of("auto", "bfloat16", "float16", "float32")(_DTYPES.get(text, text))
+
+
+def device(text: str) -> str:
+    """The name of a device; whether it is here is found out when it is used."""
+    if text not in ("auto", "emulated", "cuda") and not re.fullmatch(r"cuda:\d+", text):
+        raise FormatError(f"{text!r} is not known; choose auto, cuda:0 or emulated")
+    return text

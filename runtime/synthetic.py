@@ -1,0 +1,106 @@
+"""Models with random weights and a real config's shapes: what calibration measures instead of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from runtime.devices import Device
+from runtime.memory import WeightStore
+from runtime.session import PlannedModel, assemble, placement
+from sim.model import ModelSpec, from_config
+from sim.plan import LayerPartition, Place, Plan, Tier
+
+DEFAULT_CONFIG: Mapping[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "vocab_size": 8192,
+    "max_position_embeddings": 4096,
+    "hidden_act": "silu",
+    "dtype": "float32",
+}
+"""Shape that is measured when no model is named."""
+
+_COLUMN_FIELDS = ("intermediate_size", "moe_intermediate_size")
+
+
+def shrunk(config: Mapping[str, Any], max_bytes: int) -> dict[str, Any]:
+    """The config with fewer layers, and narrower MLPs if two layers still pass max_bytes.
+
+    Attention, router and shared experts keep their sizes: those are what the stand-in measures.
+    """
+    small = dict(config)
+    spec = from_config(small)
+    layer_bytes = max(spec.ffn_bytes(i) + spec.rest_bytes(i) for i in range(spec.n_layers))
+    n_layers = max(2, min(spec.n_layers, max_bytes // layer_bytes))
+    small["num_hidden_layers"] = n_layers
+    if isinstance(small.get("layer_types"), list):
+        small["layer_types"] = small["layer_types"][:n_layers]
+    while _bytes(small) > 2 * max_bytes and any(small.get(f, 0) > 64 for f in _COLUMN_FIELDS):
+        for name in _COLUMN_FIELDS:
+            if name in small:
+                small[name] = max(64, small[name] // 2)
+    return small
+
+
+def _bytes(config: Mapping[str, Any]) -> int:
+    spec = from_config(config)
+    return sum(spec.ffn_bytes(i) + spec.rest_bytes(i) for i in range(spec.n_layers))
+
+
+def uniform_plan(spec: ModelSpec, place: Place, gg_share: float, ahead_share: float, n_ctx: int, vram_bytes: int) -> Plan:
+    """A plan that treats all layers alike: shares of every expert's columns that are GG and sent ahead."""
+    layers, ahead = [], []
+    for layer in spec.layers:
+        gg = round(layer.ffn.columns * gg_share) if place == "GPU" else 0
+        layers.append(LayerPartition(place, (gg,) * layer.ffn.n_experts))
+        ahead.append(round(layer.ffn.columns * ahead_share) if place == "GPU" else 0)
+    tier = Tier("all", max(n_ctx, 1), True, tuple(ahead), None, 2 if any(ahead) else 0)
+    return Plan(
+        "calibration", spec.name, spec.id, "", spec.dtype, vram_bytes, n_ctx, 1, True, place, tuple(layers), (tier,)
+    )
+
+
+def random_model(config: Mapping[str, Any], folder: Path, plan: Plan, device: Device) -> PlannedModel:
+    """A model of a config with random weights; writes config.json into an empty folder first."""
+    (folder / "config.json").write_text(json.dumps(dict(config)))
+    spec = replace(from_config(config, plan.model), dtype=plan.dtype)
+
+    def fill(model: PreTrainedModel, store: WeightStore) -> None:
+        place = placement(plan, device)
+        for name, parameter in list(model.named_parameters()):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            value = torch.empty(parameter.shape, dtype=parameter.dtype, device=place(name))
+            setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(fill_small(value), requires_grad=False))
+        model.tie_weights()
+        for name, buffer in list(model.named_buffers()):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            setattr(owner, name.rpartition(".")[2], buffer.to(place(name)))
+        for layer in store.layers:
+            for expert in layer.experts:
+                fill_small(expert.host)
+                fill_small(expert.device)
+
+    return assemble(folder, spec, plan, device, fill)
+
+
+def fill_small(values: Tensor) -> Tensor:
+    """Small random numbers, cheaply and in place: denormals and NaN would change the speed of arithmetic."""
+    flat = values.view(-1)
+    block = torch.randn(min(flat.numel(), 1 << 20)).mul_(0.02).to(flat.dtype)
+    for first in range(0, flat.numel(), max(1, block.numel())):
+        last = min(first + block.numel(), flat.numel())
+        flat[first:last].copy_(block[: last - first])
+    return values
