@@ -171,6 +171,7 @@ class StepCompiler:
     def _serial_mlp(self, layer: int, split: Dispatch) -> list[Task]:
         """Device parts first, then sent parts one by one, then the CPU; each waits for the one before."""
         tasks: list[Task] = []
+        computed = tuple(p for p in split.ahead if p.n_tokens)
 
         def after() -> tuple[str, ...]:
             return (tasks[-1].id if tasks else self._prev,)
@@ -179,7 +180,7 @@ class StepCompiler:
             tasks.append(self._ffn("gg", layer, "GPU", split.gg, after()))
         if split.ahead:  # nothing is ahead of anything in a serial tier: the whole unit is sent now
             tasks.append(self._send("send", layer, split.ahead, after()))
-            computed = tuple(p for p in split.ahead if p.n_tokens)
+        if computed:
             tasks.append(self._ffn("cg", layer, "GPU", computed, after(), tasks[-1].slot))
         for part in split.routed:
             tasks.append(self._send(f"send{part.expert}", layer, (part,), after()))
@@ -188,7 +189,7 @@ class StepCompiler:
             tasks.append(self._copy("act_d2h", "D2H", layer, self._activation_bytes(), after()))
             tasks.append(self._ffn("cc", layer, "CPU", split.cc, after()))
             tasks.append(self._copy("act_h2d", "H2D", layer, self._activation_bytes(), after()))
-        n_partial = bool(split.gg) + bool(split.ahead) + len(split.routed) + bool(split.cc)
+        n_partial = bool(split.gg) + bool(computed) + len(split.routed) + bool(split.cc)
         tasks.append(self._task("join", layer, "GPU", self._join_work(n_partial), after()))
         return tasks
 

@@ -103,6 +103,8 @@ class TaskGraph:
         index = self.index
         deps: list[tuple[int, ...]] = []
         for i, task in enumerate(self.tasks):
+            if task.resource not in RESOURCES:
+                raise GraphError(f"task {task.id!r} is on {task.resource!r}; resources are {', '.join(RESOURCES)}")
             row = []
             for name in task.deps:
                 j = index.get(name, i)

@@ -165,11 +165,13 @@ def load_timeline(path: str | Path) -> Timeline:
 
 
 def _span(event: dict[str, Any]) -> Span:
-    args, start_s = event["args"], event["ts"] / 1e6
+    args, start_s, resource = event["args"], event["ts"] / 1e6, event["tid"] - 1
+    if resource not in range(len(RESOURCES)):
+        raise IndexError(f"tid is {event['tid']}, expected 1 to {len(RESOURCES)}")
     return Span(
         task=args["task"],
         kind=event["name"],
-        resource=RESOURCES[event["tid"] - 1],
+        resource=RESOURCES[resource],
         step=args["step"],
         layer=args["layer"],
         start_s=start_s,

@@ -88,9 +88,21 @@ class RoutingTrace:
         missing = {"step", "layer", "expert", "n_tokens"} - set(frame.columns)
         if missing:
             raise FormatError(f"{path}: no column {sorted(missing)[0]!r}; expected a routing trace")
-        frame = frame.sort_values(["step", "layer", "expert"])
-        groups = frame.groupby(["step", "layer"], sort=False)["n_tokens"]
-        return RoutingTrace({(str(k[0]), int(k[1])): tuple(int(n) for n in v) for k, v in groups})  # type: ignore[call-overload]
+        counts: dict[tuple[str, int], list[int]] = {}
+        try:
+            frame = frame.astype({"step": str, "layer": int, "expert": int, "n_tokens": int})
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"{path}: layer, expert and n_tokens are not all whole numbers: {error}") from error
+        columns = (frame[name].tolist() for name in ("step", "layer", "expert", "n_tokens"))
+        for step, layer, expert, n_tokens in sorted(zip(*columns, strict=True)):
+            row = counts.setdefault((step, layer), [])
+            if expert != len(row) or n_tokens < 0:
+                raise FormatError(
+                    f"{path}: step {step}, layer {layer}: found {n_tokens} tokens for expert {expert} after "
+                    f"{len(row)} experts; expected every expert once, with no less than zero tokens"
+                )
+            row.append(n_tokens)
+        return RoutingTrace({key: tuple(row) for key, row in counts.items()})
 
 
 @lru_cache(maxsize=1024)
