@@ -154,7 +154,8 @@ class ModelSpec:
         """Work of everything in a layer but its experts, for `n_tokens` rows that see `kv_tokens` each.
 
         n_tokens counts rows over the whole batch; kv_tokens is the depth per sequence after this step.
-        FLOPs: two per weight and row, and 4 * heads * head_dim per row and visible token.
+        FLOPs: two per weight and row, and 4 * heads * head_dim per row and visible token. io_bytes is the
+        KV cache that was there before the step: zero for a fresh prompt.
         """
         spec = self.layers[layer]
         attention = spec.attention
@@ -164,7 +165,7 @@ class ModelSpec:
             mean_visible = min(mean_visible, attention.window)
         weights = attention.n_params + spec.other_params
         flops = 2.0 * n_tokens * weights + 4.0 * n_tokens * mean_visible * attention.n_heads * attention.head_dim
-        io_bytes = float(batch * self.kv_bytes(layer, kv_tokens))
+        io_bytes = float(batch * self.kv_bytes(layer, kv_tokens - n_new))
         return Work("attn", self.dtype, n_tokens, flops, float(weights * self.dtype_bytes), io_bytes)
 
     def head_work(self, n_rows: int) -> Work:
@@ -182,7 +183,6 @@ DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe")
 
 
-def _need(config: Mapping[str, Any], key: str, where: str) -> int:
 # What transformers assumes where a config.json is silent, as far as it changes sizes.
 _DEFAULTS: dict[str, dict[str, int]] = {
     "llama": {},
@@ -196,17 +196,18 @@ _DEFAULTS: dict[str, dict[str, int]] = {
 }
 
 
+def _need(config: Mapping[str, Any], key: str, where: str) -> int:
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ModelError(f"{where}: {key} is {value!r}; expected a whole number above zero")
     return value
 
 
-def _dtype(config: Mapping[str, Any], dtype: str, where: str) -> str:
 def _may(config: Mapping[str, Any], key: str, default: int, where: str) -> int:
     return default if config.get(key) is None else _need(config, key, where)
 
 
+def _dtype(config: Mapping[str, Any], dtype: str, where: str) -> str:
     name = (config.get("dtype") or config.get("torch_dtype")) if dtype == "auto" else dtype
     name = str(name or "float32").removeprefix("torch.")
     name = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(name, name)
@@ -228,7 +229,6 @@ def _attention(config: Mapping[str, Any], family: str, layer: int, where: str) -
     return AttentionSpec(n_heads, n_kv, head_dim, n_params, _window(config, family, layer))
 
 
-def _window(config: Mapping[str, Any], family: str, layer: int) -> int | None:
 def _attention_biases(config: Mapping[str, Any], family: str, qkv: int) -> int:
     if family == "qwen2" or (family == "qwen2_moe" and config.get("qkv_bias", True)):
         return qkv
@@ -237,6 +237,7 @@ def _attention_biases(config: Mapping[str, Any], family: str, qkv: int) -> int:
     return 0
 
 
+def _window(config: Mapping[str, Any], family: str, layer: int) -> int | None:
     window = config.get("sliding_window")
     if not isinstance(window, int) or family == "llama":
         return None
@@ -261,7 +262,6 @@ def _ffn(config: Mapping[str, Any], family: str, layer: int, where: str) -> FfnS
     if family in DENSE_FAMILIES or not _routes(config, family, layer):
         return FfnSpec(1, 1, _need(config, "intermediate_size", where))
     top_k = _need(config, "num_experts_per_tok", where)
-    if family in ("mixtral", "phimoe"):
     # transformers 5 writes one family's count under the other's name
     n_experts = _need(config, "num_local_experts" if "num_local_experts" in config else "num_experts", where)
     if not top_k <= n_experts or n_experts == 1:
@@ -275,6 +275,7 @@ def _ffn(config: Mapping[str, Any], family: str, layer: int, where: str) -> FfnS
 
 
 def _routes(config: Mapping[str, Any], family: str, layer: int) -> bool:
+    if family in ("mixtral", "phimoe"):
         return True
     sparse_step = config.get("decoder_sparse_step") or 1
     return layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % sparse_step == 0

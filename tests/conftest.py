@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from runtime.demo_models import write_demo_models
 from tests.tiny import write_tiny
 
 TinyCheckpoint = Callable[..., Path]
@@ -25,3 +26,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
         return written[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the demonstration models by name, written once per session (seconds, 0.7 GB)."""
+    return write_demo_models(tmp_path_factory.mktemp("demo"))
