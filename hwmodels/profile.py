@@ -18,7 +18,9 @@ VERSION = 1
 
 Resource = Literal["CPU", "GPU", "H2D", "D2H"]
 RESOURCES: tuple[Resource, ...] = ("CPU", "GPU", "H2D", "D2H")
-Source = Literal["measured", "datasheet", "estimated"]
+Source = Literal["measured", "published", "datasheet", "estimated"]
+"""Where a number comes from: measured by calibration on this machine, measured and published by others on one
+like it, taken from a specification, or a considered guess."""
 Evidence = Literal["measured", "interpolated", "extrapolated", "specified"]
 
 AXES: dict[Op, tuple[str, str]] = {
@@ -108,6 +110,8 @@ class Peak:
 
     `efficiency` is the share of these that an operation without a curve is assumed to reach.
     `fixed_s` is the time of starting such an operation.
+    `source` holds for every number that `sources` does not name: ``bytes_per_s``, ``efficiency``,
+    ``fixed_s``, or a dtype of flops_per_s.
     """
 
     flops_per_s: dict[str, float]
@@ -115,8 +119,13 @@ class Peak:
     efficiency: float
     fixed_s: float
     source: Source
+    sources: dict[str, Source] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        numbers = ("bytes_per_s", "efficiency", "fixed_s", *self.flops_per_s)
+        for name in self.sources:
+            if name not in numbers:
+                raise FormatError(f"sources names {name!r}; numbers here are {', '.join(numbers)}")
         if self.bytes_per_s <= 0 or any(v <= 0 for v in self.flops_per_s.values()):
             raise FormatError("flops_per_s and bytes_per_s must be above zero")
         if not 0 < self.efficiency <= 1:
@@ -124,10 +133,19 @@ class Peak:
         if self.fixed_s < 0:
             raise FormatError(f"fixed_s is {self.fixed_s}, must not be negative")
 
+    def source_of(self, number: str) -> Source:
+        """Where one of the numbers comes from."""
+        return self.sources.get(number, self.source)
+
     def roofline_s(self, dtype: str, flops: float, n_bytes: float) -> float:
-        """max(FLOPs / peak, bytes / peak): no operation is faster."""
-        flops_per_s = self.flops_per_s.get(dtype, math.inf)
-        return max(flops / flops_per_s, n_bytes / self.bytes_per_s)
+        """max(FLOPs / peak, bytes / peak): no operation is faster. ProfileError for FLOPs of an unknown dtype."""
+        memory_s = n_bytes / self.bytes_per_s
+        if flops <= 0:
+            return memory_s
+        if dtype not in self.flops_per_s:
+            known = ", ".join(self.flops_per_s) or "none"
+            raise ProfileError(f"the profile has no FLOP/s of {dtype}, it has {known}; calibrate with --dtype {dtype}")
+        return max(flops / self.flops_per_s[dtype], memory_s)
 
 
 @dataclass(frozen=True)
@@ -154,6 +172,8 @@ class HardwareProfile:
     vram_bytes   device memory that can be had
     host_bytes   host memory that can be had
     handoff_s    delay between a task's last dependency and its start, by "FROM>TO" resource
+    sources      of vram_bytes, host_bytes, cpu_threads and handoff_s, by name; measured where not named
+    notes        whose numbers these are and what to know of them, a sentence each
     """
 
     name: str
@@ -167,6 +187,8 @@ class HardwareProfile:
     curves: tuple[Curve, ...] = ()
     handoff_s: dict[str, float] = field(default_factory=dict)
     contention: tuple[Contention, ...] = ()
+    sources: dict[str, Source] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.peaks:
@@ -223,10 +245,11 @@ class HardwareProfile:
         flops, weight_bytes, io_bytes = curve.shape_at(point.x, point.y)
         measured_roof_s = peak.roofline_s(work.dtype, flops, weight_bytes + io_bytes)
         same_shape = math.isclose(weight_bytes, work.weight_bytes, rel_tol=0.02, abs_tol=1)
-        if point.inside and same_shape:
-            return Cost(point.value, "measured" if point.exact else "interpolated")
-        scale = roof_s / measured_roof_s if measured_roof_s > 0 else 1.0
-        return Cost(point.value * scale, "extrapolated")
+        inside = point.inside and same_shape
+        seconds = point.value if inside or measured_roof_s <= 0 else point.value * roof_s / measured_roof_s
+        if curve.source != "measured":
+            return Cost(seconds, "specified")
+        return Cost(seconds, "extrapolated" if not inside else "measured" if point.exact else "interpolated")
 
     def peak(self, resource: Resource) -> Peak:
         """The peak rates of a resource; ProfileError if the machine has none."""
