@@ -94,15 +94,15 @@ class Adapter:
         keys = self.ffn_tensors(layer, expert)
         rows, width = self.spec.layers[layer].ffn.columns, self.spec.d_model
         shapes = ((rows, width), (rows, width), (width, rows))
-        return FfnWeights(*(_read(checkpoint, k, s) for k, s in zip(keys, shapes, strict=True)))
+        return FfnWeights(*(checkpoint.tensor_of(k, s) for k, s in zip(keys, shapes, strict=True)))
 
     def _read_fused(self, checkpoint: Checkpoint, gate_up: str, down: str, layer: int, expert: int) -> FfnWeights:
         ffn, width = self.spec.layers[layer].ffn, self.spec.d_model
-        both = _read(checkpoint, gate_up, (ffn.n_experts, 2 * ffn.columns, width))[expert]
+        both = checkpoint.tensor_of(gate_up, (ffn.n_experts, 2 * ffn.columns, width))[expert]
         return FfnWeights(
             both[: ffn.columns],
             both[ffn.columns :],
-            _read(checkpoint, down, (ffn.n_experts, width, ffn.columns))[expert],
+            checkpoint.tensor_of(down, (ffn.n_experts, width, ffn.columns))[expert],
         )
 
     @cached_property
@@ -152,12 +152,3 @@ class Adapter:
         if self.kind(layer) == "dense":
             return layer_module, "mlp"
         return layer_module.get_submodule("mlp"), "experts"
-
-
-def _read(checkpoint: Checkpoint, key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    if checkpoint.shape(key) != shape:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {key!r} has shape {checkpoint.shape(key)}, config.json makes it {shape}; "
-            f"config.json and weights are not of one model"
-        )
-    return checkpoint.tensor(key)

@@ -115,6 +115,16 @@ class Checkpoint:
             return torch.frombuffer(copied, dtype=entry.dtype, count=count).view(entry.shape)
         return torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=entry.start).view(entry.shape)
 
+    def tensor_of(self, key: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """`tensor(key)`, after checking the shape that config.json demands; CheckpointError if it is another."""
+        found = self.shape(key)
+        if found != shape:
+            raise CheckpointError(
+                f"{self.folder}: {key!r} has shape {found}, config.json makes it {shape}; "
+                f"config.json and weights are not of one model"
+            )
+        return self.tensor(key)
+
     def close(self) -> None:
         """Read no more. Files stay mapped until the last tensor that views them is gone."""
         self._maps = None

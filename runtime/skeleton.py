@@ -41,11 +41,7 @@ def build_skeleton(folder: str | Path, dtype: torch.dtype, make_ffn: MakeFfn) ->
     """
     folder = Path(folder)
     adapter = Adapter.of(read_config(folder), folder.name)
-    config = _config(folder)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, attn_implementation="sdpa"
-        )
+    model = _build(folder, dtype)
     _compute_buffers(model)
     for i, layer in enumerate(decoder_layers(model)):
         owner, attribute = adapter.ffn_owner(layer, i)
@@ -65,12 +61,16 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def _config(folder: Path) -> PreTrainedConfig:
+def _build(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, TypeError, OSError) as error:
-        raise ModelError(f"{folder}: transformers cannot read config.json: {error}") from error
-    return config
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, attn_implementation="sdpa"
+            )
+    except Exception as error:  # transformers raises a dozen kinds, all of them about this config
+        raise ModelError(f"{folder}: transformers cannot build this config.json: {error}") from error
+    return model
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
@@ -129,13 +129,8 @@ def _on_meta(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _load(
     checkpoint: Checkpoint, key: str, parameter: nn.Parameter, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    if checkpoint.shape(key) != tuple(parameter.shape):
-        raise CheckpointError(
-            f"{checkpoint.folder}: {key!r} has shape {checkpoint.shape(key)}, config.json makes it "
-            f"{tuple(parameter.shape)}; config.json and weights are not of one model"
-        )
     # A copy, even where dtype and device agree: the model must not hang on the file.
-    return checkpoint.tensor(key).to(device=device, dtype=dtype, copy=True)
+    return checkpoint.tensor_of(key, tuple(parameter.shape)).to(device=device, dtype=dtype, copy=True)
 
 
 def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:

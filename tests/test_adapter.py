@@ -355,3 +355,13 @@ def test_an_unsupported_family_is_refused_with_the_supported_ones(
     reconfigure(folder, model_type="gpt2")
     with pytest.raises(ModelError, match="model_type 'gpt2' is not supported; supported: llama"):
         build_skeleton(folder, torch.float32, PlainFfn)
+
+
+@pytest.mark.parametrize("changes", [{"rms_norm_eps": "small"}, {"hidden_act": "nonsense"}, {"rope_parameters": 3}])
+def test_a_config_that_transformers_refuses_is_named(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = rewrite(tiny_checkpoint("llama"), tmp_path / "other")
+    reconfigure(folder, **changes)
+    with pytest.raises(ModelError, match=r"other: transformers cannot build this config\.json"):
+        build_skeleton(folder, torch.float32, PlainFfn)
