@@ -13,7 +13,7 @@ in `mlp.experts.gate_up_proj` [E, 2F, D] (gate rows first) and `mlp.experts.down
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -128,12 +128,11 @@ class Adapter:
             names.append(HEAD)
         return tuple(dict.fromkeys(names))
 
-    def checkpoint_key(self, parameter: str, available: Iterable[str] | Checkpoint) -> str:
+    def checkpoint_key(self, parameter: str, available: Container[str]) -> str:
         """The key that holds a parameter; CheckpointError if none of its names is there."""
         names = self.checkpoint_keys(parameter)
-        known = available if isinstance(available, Checkpoint) else frozenset(available)
         for name in names:
-            if name in known:
+            if name in available:
                 return name
         raise CheckpointError(
             f"no tensor for {parameter!r}: looked for {' and '.join(map(repr, names))}; "
