@@ -46,9 +46,11 @@ def hardware(name: str | Path) -> HardwareProfile:
             return load_profile(folder / f"{text}.json")
     if text in machines():
         return assemble(machines()[text], text)
-    parts = text.split("+")
-    if len(parts) in (2, 3):
-        return assemble(Recipe(*parts), text)
+    match text.split("+"):
+        case [gpu, host]:
+            return assemble(Recipe(gpu, host), text)
+        case [gpu, host, link]:
+            return assemble(Recipe(gpu, host, link), text)
     raise ProfileError(f"no hardware profile {text!r}; {_known(text)}")
 
 
