@@ -152,10 +152,11 @@ def routing_of(spec: ModelSpec, workload: Workload, trace: RoutingTrace | None =
         if recorded is None:
             return sample_routing(spec, layer, step, workload)
         ffn = spec.layers[layer].ffn
-        if len(recorded) != ffn.n_experts or sum(recorded) != step.n_tokens * ffn.top_k:
+        in_range = all(0 <= n <= step.n_tokens for n in recorded)
+        if len(recorded) != ffn.n_experts or sum(recorded) != step.n_tokens * ffn.top_k or not in_range:
             raise FormatError(
-                f"routing trace, step {step.name}, layer {layer}: {sum(recorded)} tokens over {len(recorded)} experts; "
-                f"{spec.name} sends {step.n_tokens * ffn.top_k} over {ffn.n_experts}. Is it of this model and workload?"
+                f"routing trace, step {step.name}, layer {layer}: found {recorded}, expected {ffn.n_experts} numbers "
+                f"of at most {step.n_tokens}, together {step.n_tokens * ffn.top_k}; is it of this model and workload?"
             )
         return recorded
 
