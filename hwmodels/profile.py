@@ -83,6 +83,10 @@ class Curve:
     def __post_init__(self) -> None:
         if not self.samples:
             raise FormatError(f"curve {self.resource}/{self.op}/{self.dtype} has no samples")
+        try:
+            _ = self.grid
+        except FormatError as error:
+            raise FormatError(f"curve {self.resource}/{self.op}/{self.dtype}: {error}") from error
 
     @cached_property
     def grid(self) -> Grid:

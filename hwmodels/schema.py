@@ -100,9 +100,7 @@ def _read_dataclass(kind: Any, value: Json, where: str) -> Any:
             raise FormatError(f"{where}: field {name!r} is missing")
     try:
         return kind(**built)
-    except FormatError:
-        raise
-    except ValueError as error:
+    except ValueError as error:  # from the type's own checks: the fields were read above
         raise FormatError(f"{where}: {error}") from error
 
 
