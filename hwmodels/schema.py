@@ -179,6 +179,14 @@ def write_json(path: str | os.PathLike[str], value: Json) -> None:
 
 
 def digest(value: Any) -> str:
-    """Twelve hex digits that identify a value's JSON."""
-    text = json.dumps(to_json(value), sort_keys=True, separators=(",", ":"))
+    """Twelve hex digits that identify a value's JSON; 1 and 1.0 are the same number."""
+    text = json.dumps(_same_numbers(to_json(value)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _same_numbers(value: Json) -> Json:
+    if isinstance(value, list):
+        return [_same_numbers(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _same_numbers(v) for k, v in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
