@@ -16,7 +16,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from transformers.activations import ACT2FN
 from hwmodels.calibrate import fastest, handoffs, summarise
 from hwmodels.machine import fingerprint
 from hwmodels.profile import RESOURCES, Contention, Curve, HardwareProfile, Resource, Sample
-from hwmodels.work import Op, Work
+from hwmodels.work import Op, Work, copy
 from runtime.checkpoint import read_config
 from runtime.devices import device_name, open_device
 from runtime.microbench import MicroBench
@@ -43,7 +43,8 @@ from sim.timeline import Timeline
 from sim.workload import Step
 
 _CALIBRATION_BYTES = 768 << 20  # weights of the model that stands for the real one
-_COPY_BYTES = (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
+_COPY_BYTES = (1 << 20, 1 << 22, 1 << 24)  # smaller copies are read from an overlapping run, where caches are cold
+N_PARTIAL = 3  # the overlapping run joins GG, CG and CC
 _SETS: tuple[tuple[Resource, ...], ...] = (("CPU", "GPU"), ("CPU", "H2D"), ("GPU", "H2D"), ("CPU", "GPU", "H2D"))
 
 
@@ -88,9 +89,10 @@ def calibrate(
         bar.set_postfix_str("hand-offs")
         with _model(small, "GPU", 0.25, 0.125, grid, device, cpu_threads) as model:
             handoff_s = handoffs(_delays(model))
+            small_copies, joins = _overlapped_samples(model, grid)
         bar.update()
         micro, contention, threads = _micro(spec, str(config.get("hidden_act", "silu")), grid, device, cpu_threads, bar)
-    curves += micro
+    curves += [_with_samples(c, small_copies.get((c.resource, c.op), [])) for c in micro] + [joins]
     return HardwareProfile(
         name=f"{device.partition(':')[0]}-{name}",
         device="emulated" if device == "emulated" else "cuda",
@@ -168,8 +170,7 @@ def _rest_curves(model: PlannedModel, place: Place, grid: Grid) -> list[Curve]:
                 timeline = _forward(model, n_tokens, past)
                 if repetition:  # the first one warms up
                     _collect(times, spec, timeline, n_tokens, past)
-    demand = spec.small_work("sample", 1)
-    times["sample", demand] = _sample_times(model)
+    times.update(_generate_times(model))
     samples: dict[Op, list[Sample]] = defaultdict(list)
     for (op, work), seconds in times.items():
         samples[op].append(summarise(work, seconds))
@@ -204,14 +205,23 @@ def _collect(
             times["embed", spec.small_work("embed", n_tokens)].append(span.duration_s)
         elif span.kind == "head":
             times["head", spec.head_work(1)].append(span.duration_s)
-        elif span.kind == "join":
-            times["join", spec.small_work("join", n_tokens)].append(span.duration_s)
 
 
-def _sample_times(model: PlannedModel) -> list[float]:
-    ids = torch.randint(3, model.executor.spec.vocab, (1, 8), device=model.device)
-    timeline = _generate(model, ids, 12)
-    return [s.duration_s for s in timeline.spans if s.kind == "sample"][1:]
+def _generate_times(model: PlannedModel) -> dict[tuple[Op, Work], list[float]]:
+    """Times of a decode step's ends as generate runs them: embed, head and the loop between steps."""
+    spec = model.executor.spec
+    ids = torch.randint(3, spec.vocab, (1, 8), device=model.device)
+    timeline = _generate(model, ids, 14)
+    demands: dict[str, tuple[Op, Work]] = {
+        "embed": ("embed", spec.small_work("embed", 1)),
+        "head": ("head", spec.head_work(1)),
+        "sample": ("sample", spec.small_work("sample", 1)),
+    }
+    found: dict[tuple[Op, Work], list[float]] = defaultdict(list)
+    for span in timeline.spans:
+        if span.kind in demands and span.step not in ("prefill", "decode1"):
+            found[demands[span.kind]].append(span.duration_s)
+    return found
 
 
 def _generate(model: PlannedModel, ids: torch.Tensor, n_gen: int) -> Timeline:
@@ -254,6 +264,31 @@ def delays(graph: TaskGraph, timeline: Timeline) -> Iterator[tuple[str, float]]:
             if last.end_s >= free_s.get(task.resource, 0.0):
                 yield f"{last.resource}>{task.resource}", span.start_s - last.end_s
         free_s[task.resource] = max(free_s.get(task.resource, 0.0), span.end_s)
+
+
+def _overlapped_samples(model: PlannedModel, grid: Grid) -> tuple[dict[tuple[Resource, Op], list[Sample]], Curve]:
+    """Samples of activation copies, by resource, and the curve of joins, from overlapping forward passes."""
+    spec = model.executor.spec
+    copies: dict[tuple[Resource, Work], list[float]] = defaultdict(list)
+    joins: dict[Work, list[float]] = defaultdict(list)
+    for n_tokens in grid.n_tokens:
+        for repetition in range(grid.repetitions + 1):
+            timeline = _forward(model, n_tokens, 0)
+            for span in timeline.spans if repetition else ():
+                if span.kind in ("act_d2h", "act_h2d"):
+                    copies[span.resource, copy(span.bytes, spec.dtype)].append(span.duration_s)
+                elif span.kind == "join":
+                    joins[spec.small_work("join", n_tokens * N_PARTIAL)].append(span.duration_s)
+    found: dict[tuple[Resource, Op], list[Sample]] = defaultdict(list)
+    for (resource, work), seconds in copies.items():
+        if work.io_bytes < _COPY_BYTES[0]:
+            found[resource, "pinned"].append(summarise(work, seconds))
+    rows = tuple(summarise(work, seconds) for work, seconds in joins.items())
+    return found, Curve("GPU", "join", spec.dtype, 0, "measured", rows)
+
+
+def _with_samples(curve: Curve, samples: list[Sample]) -> Curve:
+    return replace(curve, samples=(*samples, *curve.samples))
 
 
 # -- micro-benchmarks ---------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ VRAM_BUDGET = Option(
     metavar="SIZE",
 )
 RUN_VRAM_BUDGET = replace(
-    VRAM_BUDGET, shown="90 %% of what is free on CUDA; emulated: half of the MLP weights beside what is fixed"
+    VRAM_BUDGET, shown="90 % of what is free on CUDA; emulated: half of the MLP weights beside what is fixed"
 )
 HOST_BUDGET = Option(
     ("--host-budget",),

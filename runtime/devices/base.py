@@ -6,6 +6,7 @@ for a task's completion; every wait on one either ends, or raises what made the 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,9 +91,10 @@ class _Item:
 class WorkerQueue:
     """One resource as a thread that runs its tasks in order, waiting for each one's dependencies."""
 
-    def __init__(self, name: str, n_threads: int) -> None:
+    def __init__(self, name: str, n_threads: int, cores: frozenset[int] = frozenset()) -> None:
         self._items: SimpleQueue[_Item | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, args=(n_threads,), name=f"scheinfer-{name}", daemon=True)
+        args = (n_threads, cores)
+        self._thread = threading.Thread(target=self._serve, args=args, name=f"scheinfer-{name}", daemon=True)
         self._thread.start()
 
     @property
@@ -109,7 +111,9 @@ class WorkerQueue:
         self._items.put(None)
         self._thread.join(timeout=30)
 
-    def _serve(self, n_threads: int) -> None:
+    def _serve(self, n_threads: int, cores: frozenset[int]) -> None:
+        if cores:  # a scheduler that wakes this thread on its waker's core makes the two take turns
+            os.sched_setaffinity(0, cores)
         torch.set_num_threads(n_threads)
         torch.set_grad_enabled(False)
         while (item := self._items.get()) is not None:

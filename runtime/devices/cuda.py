@@ -64,13 +64,14 @@ class CudaDevice:
         torch.cuda.reset_peak_memory_stats(self.torch_device)
         self.arena = Arena(vram_bytes)
         # One core stays with the thread that drives the device.
-        self.cpu_threads = cpu_threads or max(1, len(os.sched_getaffinity(0)) - 1)
+        cores = sorted(os.sched_getaffinity(0))
+        self.cpu_threads = min(cpu_threads or max(1, len(cores) - 1), len(cores))
         self._streams = {
             "GPU": torch.cuda.current_stream(self.torch_device),
             "H2D": torch.cuda.Stream(self.torch_device),  # type: ignore[no-untyped-call]
             "D2H": torch.cuda.Stream(self.torch_device),  # type: ignore[no-untyped-call]
         }
-        self._cpu = WorkerQueue("cpu", self.cpu_threads)
+        self._cpu = WorkerQueue("cpu", self.cpu_threads, frozenset(cores[-self.cpu_threads :]))
         self._tickets: dict[str, Ticket] = {}
         self._stream_tasks: dict[str, _StreamTask] = {}
         self._staging: dict[str, torch.Tensor] = {}

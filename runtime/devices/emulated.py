@@ -37,18 +37,20 @@ class EmulatedDevice:
     kind: DeviceKind = "emulated"
 
     def __init__(self, vram_bytes: int, cpu_threads: int | None = None, link: Link | None = None) -> None:
-        cores = len(os.sched_getaffinity(0))
+        self._caller_cores = os.sched_getaffinity(0)
+        cores = sorted(self._caller_cores)
         self.torch_device = torch.device("cpu")
         self.arena = Arena(vram_bytes)
-        self.cpu_threads = cpu_threads or max(1, cores // 2)
-        self.gpu_threads = max(1, cores - self.cpu_threads)
+        self.cpu_threads = min(cpu_threads or max(1, len(cores) // 2), len(cores))
+        self.gpu_threads = max(1, len(cores) - self.cpu_threads)
         self.link = link or Link()
         self._caller_threads = torch.get_num_threads()
         torch.set_num_threads(self.gpu_threads)
+        os.sched_setaffinity(0, cores[: self.gpu_threads])  # of the calling thread; the links float
         self._queues = {
-            "CPU": WorkerQueue("cpu", self.cpu_threads),
-            "H2D": WorkerQueue("h2d", 1),
-            "D2H": WorkerQueue("d2h", 1),
+            "CPU": WorkerQueue("cpu", self.cpu_threads, frozenset(cores[-self.cpu_threads :])),
+            "H2D": WorkerQueue("h2d", 1, frozenset(cores)),
+            "D2H": WorkerQueue("d2h", 1, frozenset(cores)),
         }
         self._tickets: dict[str, Ticket] = {}
         self._staging: dict[str, torch.Tensor] = {}
@@ -179,5 +181,6 @@ class EmulatedDevice:
             queue.close()
         if queues:
             torch.set_num_threads(self._caller_threads)
+            os.sched_setaffinity(0, self._caller_cores)
         self._tickets.clear()
         self._staging.clear()

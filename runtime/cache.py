@@ -1,0 +1,55 @@
+"""Calibrated profiles under $XDG_CACHE_HOME/scheinfer/, found again only on the machine they describe."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from hwmodels.errors import FormatError
+from hwmodels.machine import fingerprint
+from hwmodels.profile import HardwareProfile, load_profile
+from hwmodels.schema import digest
+from runtime.calibrate import calibrate
+from runtime.devices import device_name
+from sim.model import load_model
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/scheinfer, by default ~/.cache/scheinfer."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "scheinfer"
+
+
+def profile_path(folder: Path, device: str, quick: bool, cpu_threads: int | None) -> Path:
+    """Where the profile of this machine for a model's shapes is kept.
+
+    The name carries what the measurement depends on; another CPU, GPU, torch or shape is another file.
+    """
+    spec, name = load_model(folder), device_name(device)
+    machine = {k: fingerprint().get(k, "") for k in ("cpu", "cores")}
+    gpu = torch.cuda.get_device_name(name) if name != "emulated" else ""
+    cores = sorted(os.sched_getaffinity(0))
+    key = digest([machine, gpu, name, torch.__version__, spec.id, quick, cpu_threads, cores])
+    return cache_folder() / "profiles" / f"{name.partition(':')[0]}-{spec.name}-{key}.json"
+
+
+def cached_profile(
+    folder: Path,
+    device: str = "auto",
+    quick: bool = False,
+    cpu_threads: int | None = None,
+    progress: bool = True,
+    fresh: bool = False,
+) -> HardwareProfile:
+    """The cached profile, or a new calibration that is then kept; a damaged file is measured anew."""
+    path = profile_path(folder, device, quick, cpu_threads)
+    if path.is_file() and not fresh:
+        try:
+            return load_profile(path)
+        except FormatError:
+            path.unlink()
+    profile = calibrate(folder, device, quick, cpu_threads, progress)
+    profile.save(path)
+    return profile

@@ -1,0 +1,111 @@
+"""doctor, calibrate, hardware, models: what is there to plan for."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from hwmodels.catalog import hardware as find_hardware
+from hwmodels.catalog import names as hardware_names
+from hwmodels.machine import Finding, findings, read_machine
+from hwmodels.profile import HardwareProfile
+from hwmodels.units import format_bytes
+from runtime.cli import profile_rows
+from runtime.cli.console import emit, note, say
+from runtime.cli.files import check_file
+from runtime.cli.model_rows import COLUMNS as MODEL_COLUMNS
+from runtime.cli.model_rows import part_rows
+from runtime.cli.table import Row, key
+from runtime.resolve import resolve_folder, resolve_model
+
+# -- doctor -------------------------------------------------------------------------------------------
+
+
+def doctor(flags: Namespace) -> None:
+    """What this machine is, and what limits the product on it."""
+    from runtime.gpu import gpu_findings, gpus
+    from runtime.versions import versions
+
+    machine, devices = read_machine(), gpus()
+    rows: list[Row] = [
+        _fact("cpu", machine.cpu),
+        _fact("instruction sets", ", ".join(machine.isa) or "none known"),
+        _fact("cores", f"{machine.n_cores}, {machine.n_threads} threads"),
+        _fact("NUMA nodes", str(machine.n_numa_nodes)),
+        _fact("RAM", f"{format_bytes(machine.ram_bytes)}, {format_bytes(machine.free_bytes)} free"),
+        _fact("memlock", "unlimited" if machine.memlock_bytes is None else format_bytes(machine.memlock_bytes)),
+    ]
+    for index, gpu in enumerate(devices):
+        memory = f"{format_bytes(gpu.vram_bytes)}, {format_bytes(gpu.free_bytes)} free"
+        rows.append(_fact(f"cuda:{index}", f"{gpu.name}, compute capability {gpu.capability}, {memory}"))
+        rows.append(_fact(f"cuda:{index} link", gpu.link))
+        rows.append(_fact(f"cuda:{index} driver", gpu.driver or "unknown"))
+    rows += [_fact(name, version) for name, version in versions().items()]
+    rows += [_limit(finding) for finding in [*findings(machine), *gpu_findings(devices)]]
+    emit(flags, rows, (key("kind"), key("name"), key("value"), key("fix", "what to do")))
+
+
+def _fact(name: str, value: str) -> Row:
+    return {"kind": "fact", "name": name, "value": value, "fix": ""}
+
+
+def _limit(finding: Finding) -> Row:
+    return {"kind": "limit", "name": finding.name, "value": finding.limit, "fix": finding.fix}
+
+
+# -- calibrate ----------------------------------------------------------------------------------------
+
+
+def calibrate(flags: Namespace) -> None:
+    """Measure this machine and write its profile."""
+    check_file(flags.out)
+    folder = resolve_folder(flags.model) if flags.model is not None else None
+    from runtime.calibrate import calibrate as measure
+
+    profile = measure(folder, flags.device, flags.quick, flags.threads, progress=not flags.quiet)
+    profile.save(flags.out)
+    note(flags, f"wrote {flags.out}: profile {profile.name} ({profile.id}) of the {profile.device} device")
+    emit(flags, profile_rows.figure_rows(profile), profile_rows.COLUMNS)
+
+
+# -- hardware -----------------------------------------------------------------------------------------
+
+
+def hardware(flags: Namespace) -> None:
+    """List profiles, or show one."""
+    if flags.name is None:
+        emit(flags, [_profile_row(name) for name in hardware_names()], profile_rows.LIST_COLUMNS)
+        return
+    profile = find_hardware(flags.name)
+    say(flags, "\n".join([f"{profile.name} ({profile.id}), {profile.device} device, {profile.created}", *profile.notes]))
+    emit(flags, profile_rows.figure_rows(profile), profile_rows.COLUMNS)
+
+
+def _profile_row(name: str) -> Row:
+    profile = find_hardware(name)
+    return {
+        "name": name,
+        "kind": _kind(profile),
+        "device": profile.device,
+        "cpu": profile.fingerprint.get("cpu", ""),
+        "gpu": profile.fingerprint.get("gpu", ""),
+        "vram": format_bytes(profile.vram_bytes),
+        "ram": format_bytes(profile.host_bytes),
+        "vram_bytes": profile.vram_bytes,
+        "host_bytes": profile.host_bytes,
+        "profile_id": profile.id,
+    }
+
+
+def _kind(profile: HardwareProfile) -> str:
+    """Whether a profile was calibrated or put together from published figures."""
+    return "calibrated" if any(curve.source == "measured" for curve in profile.curves) else "published figures"
+
+
+# -- models -------------------------------------------------------------------------------------------
+
+
+def models(flags: Namespace) -> None:
+    """List built-in shapes, or show a model's bytes and FLOPs by part."""
+    spec = resolve_model(Path(flags.name), flags.dtype)
+    emit(flags, part_rows(spec), MODEL_COLUMNS)

@@ -1,0 +1,188 @@
+"""generate and chat: run a model by plan, show its text as it comes."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from hwmodels.errors import FormatError, PlanError
+from hwmodels.units import format_bytes, format_number, format_seconds
+from runtime.autoplan import Request, choose_plan
+from runtime.cli.console import emit, note
+from runtime.cli.files import check_file, write_whole
+from runtime.resolve import check_context, resolve_folder, resolve_model
+from runtime.rows import measured_row
+from runtime.session import PlannedModel, load_planned
+from runtime.tokens import IdStreamer, decode, load_tokenizer, prompt_ids
+from sim.model import ModelSpec
+from sim.plan import Plan, check_plan, load_plan
+from sim.workload import Workload
+
+DEFAULT_PROMPT = "Once upon a time"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint as the run commands use it."""
+
+    folder: Path
+    spec: ModelSpec
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def open_source(flags: Namespace) -> Source:
+    """Folder, sizes and tokenizer of --model; reads no weights."""
+    folder = resolve_folder(flags.model)
+    return Source(folder, resolve_model(folder, flags.dtype), load_tokenizer(folder))
+
+
+def load(flags: Namespace, source: Source, workload: Workload) -> PlannedModel:
+    """The model, loaded by --plan or by a plan made now for the workload."""
+    plan = _plan(flags, source, workload)
+    return load_planned(
+        source.folder, plan, flags.dtype, flags.device, flags.threads, flags.host_budget, progress=not flags.quiet
+    )
+
+
+def _plan(flags: Namespace, source: Source, workload: Workload) -> Plan:
+    if flags.plan not in (None, "auto"):
+        return _given_plan(flags, source.spec, workload)
+    request = Request(
+        source.folder,
+        source.spec,
+        workload,
+        flags.policy,
+        flags.device,
+        flags.vram_budget,
+        flags.host_budget,
+        flags.hardware,
+        flags.threads,
+    )
+    return choose_plan(request, progress=not flags.quiet, tell=lambda text: note(flags, text)).plan
+
+
+def _given_plan(flags: Namespace, spec: ModelSpec, workload: Workload) -> Plan:
+    plan = load_plan(flags.plan)
+    if flags.dtype == "auto" and plan.dtype != spec.dtype:
+        spec = resolve_model(resolve_folder(flags.model), plan.dtype)
+    check_plan(plan, spec)
+    if workload.n_ctx > plan.n_ctx:
+        raise PlanError(
+            f"the run needs a context of {workload.n_ctx} tokens, the plan has room for {plan.n_ctx}; "
+            f"plan again with --ctx-size {workload.n_ctx}, or shorten the prompt or --n-gen"
+        )
+    if flags.vram_budget is not None and plan.vram_budget_bytes > flags.vram_budget:
+        raise PlanError(
+            f"the plan is for {format_bytes(plan.vram_budget_bytes)} of device memory, --vram-budget allows "
+            f"{format_bytes(flags.vram_budget)}; plan again"
+        )
+    return plan
+
+
+# -- generate -----------------------------------------------------------------------------------------
+
+
+def generate(flags: Namespace) -> None:
+    """Generate from a prompt; the text streams to stdout, timings follow on stderr."""
+    check_file(flags.trace)
+    check_file(flags.routing_out)
+    source = open_source(flags)
+    ids = prompt_ids(_prompt(flags, source), source.tokenizer, source.spec)
+    workload = _workload(flags, len(ids), source.spec)
+    model = load(flags, source, workload)
+    try:
+        streamer = _streamer(source.tokenizer) if flags.output == "md" else None
+        new_ids = complete(model, ids, flags, streamer)
+        _save_traces(flags, model)
+        _report(flags, source, model, Workload(len(ids), len(new_ids), n_depth=0), new_ids)
+    finally:
+        model.close()
+
+
+def _workload(flags: Namespace, n_prompt: int, spec: ModelSpec) -> Workload:
+    """What will run, with the rest of --ctx-size as depth so that the KV cache gets room for it."""
+    needed = n_prompt + flags.n_gen
+    n_ctx = flags.ctx_size or needed
+    if n_ctx < needed:
+        raise FormatError(
+            f"the prompt has {n_prompt} tokens and --n-gen is {flags.n_gen}: --ctx-size {n_ctx} is too small; "
+            f"expected at least {needed}"
+        )
+    workload = Workload(n_prompt, flags.n_gen, n_depth=n_ctx - needed, seed=flags.seed)
+    check_context(spec, workload)
+    return workload
+
+
+def _prompt(flags: Namespace, source: Source) -> str:
+    if flags.prompt is not None and flags.prompt_file is not None:
+        raise FormatError("--prompt and --prompt-file are both given; expected one of them")
+    if flags.prompt is not None:
+        return str(flags.prompt)
+    if flags.prompt_file is None:
+        return DEFAULT_PROMPT if source.tokenizer is not None else ""
+    try:
+        return Path(flags.prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise FormatError(f"cannot read --prompt-file {str(flags.prompt_file)!r}: {reason}") from error
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase | None) -> BaseStreamer:
+    if tokenizer is None:
+        return IdStreamer(sys.stdout)
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+
+
+def complete(
+    model: PlannedModel, ids: Sequence[int], flags: Namespace, streamer: BaseStreamer | None
+) -> list[int]:
+    """New token ids after a prompt, at the temperature and seed of the flags."""
+    torch.manual_seed(flags.seed)
+    tokens = torch.tensor([list(ids)], device=model.device)
+    sampling = {"do_sample": True, "temperature": flags.temp} if flags.temp > 0 else {"do_sample": False}
+    out = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=flags.n_gen,
+        pad_token_id=model.generation_config.pad_token_id or 0,
+        streamer=streamer,
+        **sampling,
+    )
+    return [int(token) for token in out[0, len(ids) :]]
+
+
+def _save_traces(flags: Namespace, model: PlannedModel) -> None:
+    timeline, routing = model.last_timeline, model.last_routing
+    assert timeline is not None and routing is not None, "generate has run"
+    if flags.trace is not None:
+        timeline.save_chrome_trace(flags.trace)
+        note(flags, f"wrote {flags.trace}; open it in ui.perfetto.dev, or compare it with a simulated one")
+    if flags.routing_out is not None:
+        write_whole(flags.routing_out, routing.save)
+        note(flags, f"wrote {flags.routing_out}")
+
+
+def _report(flags: Namespace, source: Source, model: PlannedModel, workload: Workload, new_ids: list[int]) -> None:
+    timeline = model.last_timeline
+    assert timeline is not None, "generate has run"
+    row = measured_row(source.spec, model.plan, workload, timeline, model.executor.device.kind)
+    note(flags, timings(row, model.executor.device.peak_bytes()))
+    if flags.output != "md":
+        emit(flags, [{**row, "text": decode(new_ids, source.tokenizer)}], [])
+
+
+def timings(row: dict[str, object], peak_bytes: int) -> str:
+    """One line of speed for people, of a measured row."""
+    ttft_s, tpot_s = float(str(row["ttft_s"])), float(str(row["tpot_s"]))
+    prefill, decoded = float(str(row["prefill_tok_s"])), float(str(row["decode_tok_s"]))
+    text = f"prompt {row['n_prompt']} tokens in {format_seconds(ttft_s)} ({format_number(prefill)} tok/s)"
+    if decoded > 0:
+        text += f", {row['n_gen']} generated at {format_seconds(tpot_s)} each ({format_number(decoded)} tok/s)"
+    return f"{text}; policy {row['policy']} on the {row['device']} device, {format_bytes(peak_bytes)} of its memory"

@@ -1,0 +1,122 @@
+"""chat: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from hwmodels.errors import CheckpointError, FormatError
+from runtime.cli.console import note
+from runtime.cli.running import Source, complete, load, open_source, timings
+from runtime.resolve import check_context
+from runtime.rows import measured_row
+from runtime.session import PlannedModel
+from runtime.tokens import decode
+from sim.workload import Workload
+
+Message = dict[str, str]
+
+HELP = "!help shows this, !clear forgets the conversation, !exit ends (so does Ctrl-D); Ctrl-C stops an answer"
+_LEAST_PROMPT = 16
+
+
+def chat(flags: Namespace) -> None:
+    """Answer line by line until !exit or the end of input."""
+    source = open_source(flags)
+    tokenizer = source.tokenizer
+    if tokenizer is None:
+        raise CheckpointError(f"{source.folder}: no tokenizer in it; chat needs one. scheinfer generate takes token ids")
+    n_ctx = min(flags.ctx_size, source.spec.max_positions)
+    if n_ctx < flags.n_gen + _LEAST_PROMPT:
+        raise FormatError(
+            f"--n-gen {flags.n_gen} leaves no room for a prompt in a context of {n_ctx} tokens; "
+            f"expected at most {n_ctx - _LEAST_PROMPT}"
+        )
+    n_prompt = min(256, n_ctx - flags.n_gen)
+    workload = Workload(n_prompt, flags.n_gen, n_depth=n_ctx - n_prompt - flags.n_gen, seed=flags.seed)
+    check_context(source.spec, workload)
+    model = load(flags, source, workload)
+    try:
+        _converse(flags, source, tokenizer, model, n_ctx - flags.n_gen)
+    finally:
+        model.close()
+
+
+def _converse(
+    flags: Namespace, source: Source, tokenizer: PreTrainedTokenizerBase, model: PlannedModel, most_prompt: int
+) -> None:
+    note(flags, HELP)
+    messages: list[Message] = []
+    while (line := _read_line(flags)) is not None:
+        if line == "!exit":
+            return
+        if line == "!clear":
+            messages = []
+            note(flags, "forgotten")
+        elif line.startswith("!"):
+            note(flags, HELP if line == "!help" else f"{line} is not known. {HELP}")
+        elif line:
+            messages.append({"role": "user", "content": line})
+            answer = _answer(flags, source, tokenizer, model, messages, most_prompt)
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _read_line(flags: Namespace) -> str | None:
+    """The next line typed, None at the end of input."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+    try:
+        return input("> ").strip()
+    except EOFError:
+        note(flags, "")
+        return None
+
+
+def _answer(
+    flags: Namespace,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PlannedModel,
+    messages: list[Message],
+    most_prompt: int,
+) -> str:
+    ids = _fitting_ids(flags, tokenizer, messages, most_prompt)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+    try:
+        new_ids = complete(model, ids, flags, streamer)
+    except KeyboardInterrupt:
+        note(flags, "\nstopped")
+        return ""
+    timeline = model.last_timeline
+    assert timeline is not None, "generate has run"
+    row = measured_row(
+        source.spec, model.plan, Workload(len(ids), len(new_ids)), timeline, model.executor.device.kind
+    )
+    note(flags, timings(row, model.executor.device.peak_bytes()))
+    return decode(new_ids, tokenizer)
+
+
+def _fitting_ids(
+    flags: Namespace, tokenizer: PreTrainedTokenizerBase, messages: list[Message], most_prompt: int
+) -> list[int]:
+    """Ids of the conversation; its oldest messages are dropped where it outgrows the context."""
+    ids = conversation_ids(tokenizer, messages)
+    while len(ids) > most_prompt and len(messages) > 1:
+        del messages[0]
+        note(flags, "the context is full: the oldest message is forgotten")
+        ids = conversation_ids(tokenizer, messages)
+    if len(ids) > most_prompt:
+        note(flags, f"the message has {len(ids)} tokens: only its last {most_prompt} are read")
+    return ids[-most_prompt:]
+
+
+def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """Token ids of a conversation up to where the answer begins, by the tokenizer's template if it has one."""
+    if tokenizer.chat_template is not None:
+        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return [int(i) for i in found["input_ids"]]
+    text = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
+    return [int(i) for i in tokenizer(text)["input_ids"]]

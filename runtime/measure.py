@@ -1,0 +1,88 @@
+"""Measured runs of a loaded model: fixed prompts, greedy tokens, recorded timelines and routing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from hwmodels.errors import PlanError
+from runtime.session import PlannedModel
+from sim.timeline import Timeline
+from sim.workload import RoutingTrace
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One generation. tokens are the new ones of the first sequence; peak_vram_bytes is since loading."""
+
+    ttft_s: float
+    tpot_s: float
+    timeline: Timeline
+    routing: RoutingTrace
+    tokens: tuple[int, ...]
+    peak_vram_bytes: int
+
+    @property
+    def total_s(self) -> float:
+        """First token and all that follow."""
+        return self.timeline.makespan_s
+
+
+def measure(
+    model: PlannedModel,
+    prompt_ids: Sequence[int],
+    n_gen: int,
+    repetitions: int,
+    streamer: BaseStreamer | None = None,
+) -> list[Measured]:
+    """Generate n_gen greedy tokens `repetitions` times; a short run before the first is not counted.
+
+    The first repetition feeds the streamer. PlanError if the prompt and n_gen pass the plan's context.
+    """
+    if len(prompt_ids) + n_gen > model.plan.n_ctx:
+        raise PlanError(
+            f"{len(prompt_ids)} prompt tokens and {n_gen} new ones pass the plan's context of {model.plan.n_ctx}; "
+            f"plan with a larger --ctx-size"
+        )
+    ids = torch.tensor([list(prompt_ids)], device=model.device)
+    _generate(model, ids, min(3, n_gen), None)
+    return [_once(model, ids, n_gen, streamer if i == 0 else None) for i in range(repetitions)]
+
+
+def _once(model: PlannedModel, ids: torch.Tensor, n_gen: int, streamer: BaseStreamer | None) -> Measured:
+    out = _generate(model, ids, n_gen, streamer)
+    timeline, routing = model.last_timeline, model.last_routing
+    assert timeline is not None and routing is not None, "generate has run"
+    tokens = tuple(int(t) for t in out[0, ids.shape[1] :])
+    return Measured(
+        timeline.ttft_s, timeline.tpot_s, timeline, routing, tokens, model.executor.device.peak_bytes()
+    )
+
+
+def _generate(model: PlannedModel, ids: torch.Tensor, n_gen: int, streamer: BaseStreamer | None) -> torch.Tensor:
+    # min_new_tokens keeps the length fixed: a measurement must not end at a chance end-of-text token.
+    out: torch.Tensor = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=n_gen,
+        min_new_tokens=n_gen,
+        do_sample=False,
+        streamer=streamer,
+        pad_token_id=model.generation_config.pad_token_id or 0,
+    )
+    return out
+
+
+def median_run(runs: Sequence[Measured]) -> Measured:
+    """The run whose total time is the (lower) median: its timeline stands for all."""
+    ordered = sorted(runs, key=lambda run: run.total_s)
+    return ordered[(len(ordered) - 1) // 2]
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation; 0 deviation for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,293 @@
+"""validate(): predict, run, compare, report. The main job.
+
+For every model: calibrate (cached), rank the policies in simulation, run each for real on the same
+prompt, replay what ran (its plan and its routing) in the simulator, and write both down side by side.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+
+from hwmodels.errors import PlanError
+from hwmodels.machine import fingerprint
+from hwmodels.profile import HardwareProfile
+from hwmodels.units import format_bytes
+from runtime.cache import cached_profile
+from runtime.measure import Measured, measure, median_run, spread
+from runtime.session import load_planned
+from runtime.versions import versions
+from sim.bounds import Bound, bound
+from sim.compare import Comparison, compare
+from sim.memory import activation_bytes, ends_bytes, memory
+from sim.model import ModelSpec, load_model
+from sim.plan import Plan
+from sim.planner import plan as make_plan
+from sim.report import ModelResult, Report, write_report
+from sim.simulate import simulate
+from sim.timeline import Timeline
+from sim.workload import Workload
+
+DEFAULT_POLICIES = ("cpu-only", "stream", "llama-cpp", "fiddler", "scheinfer", "auto")
+PROMPT = "The weights of a layer are read once for every token, so memory decides how fast a token comes. "
+
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is validated: one workload on one device; the budget is None for a default per model."""
+
+    device: str = "auto"
+    vram_budget_bytes: int | None = None
+    n_prompt: int = 128
+    n_gen: int = 32
+    policies: Sequence[str] = DEFAULT_POLICIES
+    repetitions: int = 3
+    quick: bool = False
+    fresh: bool = False
+    cpu_threads: int | None = None
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Run:
+    """A plan that was run: its repetitions, the median one, and the simulator's replay with and without contention."""
+
+    plan: Plan
+    runs: tuple[Measured, ...]
+    median: Measured
+    replay: Timeline
+    isolated: Timeline
+
+
+def validate(folders: Sequence[Path], out: Path, job: Job, command: str, text: IO[str] = sys.stderr) -> list[Row]:
+    """Validate every model and write the report folder; the result rows, best measured decode first.
+
+    Streams the generated text of each model's best plan to `text`. Raises ScheInferError for unusable
+    input before anything is written.
+    """
+    specs = [load_model(folder) for folder in folders]
+    results, rows, files = [], [], []
+    profile: HardwareProfile | None = None
+    for folder, spec in zip(folders, specs, strict=True):
+        profile = cached_profile(folder, job.device, job.quick, job.cpu_threads, job.progress, job.fresh)
+        result, own_files = _validate_model(folder, spec, profile, job, out, text)
+        results.append(result)
+        rows += [dict(row) for row in result.rows]
+        files += own_files
+    assert profile is not None, "at least one model"
+    notes = ["Plans ran with fixed prompts and greedy decoding; the routing that occurred was replayed in simulation."]
+    report = Report(
+        results=results,
+        profile=profile,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        fingerprint=fingerprint(),
+        versions=versions(),
+        notes=notes,
+        files=files,
+        title="ScheInfer: simulated and measured",
+    )
+    write_report(out, report)
+    return rows
+
+
+def _validate_model(
+    folder: Path, spec: ModelSpec, profile: HardwareProfile, job: Job, out: Path, text: IO[str]
+) -> tuple[ModelResult, list[tuple[str, str]]]:
+    workload = Workload(job.n_prompt, job.n_gen)
+    budget = job.vram_budget_bytes or default_budget(spec, workload)
+    plans, refused = _plans(spec, profile, budget, workload, job)
+    tokenizer = _tokenizer(folder)
+    prompt = prompt_ids(spec, tokenizer, job.n_prompt)
+    best = min(plans, key=lambda p: _predicted_s(p, workload))
+    runs: list[Run] = []
+    with tqdm(total=len(plans), desc=f"run {spec.name}", unit="plan", disable=not job.progress, leave=False) as bar:
+        for plan in plans:
+            bar.set_postfix_str(plan.policy)
+            streamer = TextStreamer(tokenizer, skip_prompt=True) if tokenizer is not None and plan is best else None
+            runs.append(_run(folder, spec, plan, profile, workload, prompt, job, _redirected(streamer, text)))
+            bar.update()
+    limit = bound(spec, profile, budget, workload)
+    rows = [_row(spec, run, profile, workload, limit) for run in runs] + refused
+    shown = next(run for run in runs if run.plan is best)
+    files = _save(out, spec, profile, shown)
+    result = ModelResult(
+        model=spec.name,
+        rows=rows,
+        shape=_shape(spec, budget),
+        comparison=compare(shown.replay, shown.median.timeline),
+        isolated=compare(shown.isolated, shown.median.timeline),
+    )
+    return result, files
+
+
+def default_budget(spec: ModelSpec, workload: Workload) -> int:
+    """A device that holds everything but the MLPs, and half of those: a model twice too large for it."""
+    ffn = sum(spec.ffn_bytes(i) for i in range(spec.n_layers))
+    rest = sum(spec.rest_bytes(i) + workload.batch * spec.kv_bytes(i, workload.n_ctx) for i in range(spec.n_layers))
+    fixed = ends_bytes(spec) + rest + activation_bytes(spec, workload.n_ctx * workload.batch, workload.batch)
+    return fixed + ffn // 2
+
+
+def _plans(
+    spec: ModelSpec, profile: HardwareProfile, budget: int, workload: Workload, job: Job
+) -> tuple[list[Plan], list[Row]]:
+    """A plan per policy, and rows of the policies that do not fit; PlanError if none does."""
+    plans: list[Plan] = []
+    refused: list[Row] = []
+    bar = tqdm(job.policies, desc=f"plan {spec.name}", unit="policy", disable=not job.progress, leave=False)
+    for policy in bar:
+        bar.set_postfix_str(policy)
+        try:
+            plans.append(make_plan(spec, profile, budget, workload, policy))
+        except PlanError as error:
+            refused.append({"model": spec.name, "policy": policy, "vram_budget_bytes": budget, "refused": str(error)})
+    if not plans:
+        raise PlanError(str(refused[0]["refused"]))
+    return plans, refused
+
+
+def _predicted_s(plan: Plan, workload: Workload) -> float:
+    assert plan.prediction is not None, "the planner predicts"
+    return plan.prediction.ttft_s + (workload.n_gen - 1) * plan.prediction.tpot_s
+
+
+def _run(
+    folder: Path,
+    spec: ModelSpec,
+    plan: Plan,
+    profile: HardwareProfile,
+    workload: Workload,
+    prompt: Sequence[int],
+    job: Job,
+    streamer: TextStreamer | None,
+) -> Run:
+    model = load_planned(folder, plan, device=job.device, cpu_threads=job.cpu_threads, progress=job.progress)
+    try:
+        runs = measure(model, prompt, workload.n_gen, job.repetitions, streamer)
+    finally:
+        model.close()
+    median = median_run(runs)
+    replay = simulate(spec, plan, profile, workload, median.routing)
+    isolated = simulate(spec, plan, profile, workload, median.routing, contention=False)
+    return Run(plan, tuple(runs), median, replay, isolated)
+
+
+# -- prompts ------------------------------------------------------------------------------------------
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer
+
+
+def prompt_ids(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, n_prompt: int) -> list[int]:
+    """Exactly n_prompt token ids: a fixed text, repeated; seeded random ids where there is no tokenizer."""
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        low = min(3, spec.vocab - 1)
+        return [int(t) for t in torch.randint(low, spec.vocab, (n_prompt,), generator=generator)]
+    once = [int(t) for t in tokenizer.encode(PROMPT)]
+    return (once * (n_prompt // len(once) + 1))[:n_prompt]
+
+
+def _redirected(streamer: TextStreamer | None, text: IO[str]) -> TextStreamer | None:
+    if streamer is not None:
+
+        def write(piece: str, stream_end: bool = False) -> None:
+            print(piece, end="\n" if stream_end else "", file=text, flush=True)
+
+        streamer.on_finalized_text = write  # type: ignore[method-assign]
+    return streamer
+
+
+# -- what comes back ----------------------------------------------------------------------------------
+
+
+def _row(spec: ModelSpec, run: Run, profile: HardwareProfile, workload: Workload, limit: Bound) -> Row:
+    plan, replay, timeline = run.plan, run.replay, run.median.timeline
+    need = memory(spec, plan)
+    prefill = [workload.n_prompt / r.ttft_s for r in run.runs]
+    decode = [1.0 / r.tpot_s for r in run.runs if r.tpot_s > 0]
+    predicted: Mapping[str, float] = {
+        "prefill_tok_s": workload.n_prompt / replay.ttft_s,
+        "decode_tok_s": 1.0 / replay.tpot_s if replay.tpot_s > 0 else 0.0,
+        "ttft_s": replay.ttft_s,
+        "tpot_s": replay.tpot_s,
+        "vram_bytes": need.vram_bytes,
+    }
+    busy = {f"{name.lower()}_busy": seconds / timeline.makespan_s for name, seconds in timeline.busy_s.items()}
+    decode_mean, decode_dev = spread(decode) if decode else (0.0, 0.0)
+    median_decode = 1.0 / run.median.tpot_s if run.median.tpot_s > 0 else 0.0
+    return {
+        "model": spec.name,
+        "policy": plan.policy,
+        "plan_id": plan.id,
+        "profile_id": profile.id,
+        "device": profile.device,
+        "dtype": spec.dtype,
+        "vram_budget_bytes": plan.vram_budget_bytes,
+        "n_prompt": workload.n_prompt,
+        "n_gen": workload.n_gen,
+        "n_depth": workload.n_depth,
+        "batch": workload.batch,
+        "prefill_tok_s": workload.n_prompt / run.median.ttft_s,
+        "decode_tok_s": median_decode,
+        "ttft_s": run.median.ttft_s,
+        "tpot_s": run.median.tpot_s,
+        "stddev": {"prefill_tok_s": spread(prefill)[1], "decode_tok_s": decode_dev},
+        "samples": {"prefill_tok_s": prefill, "decode_tok_s": decode, "decode_tok_s_mean": decode_mean},
+        "bound_prefill_tok_s": limit.prefill_tok_s,
+        "bound_decode_tok_s": limit.decode_tok_s,
+        "bound_fraction": median_decode / limit.decode_tok_s if limit.decode_tok_s else 0.0,
+        "vram_bytes": run.median.peak_vram_bytes,
+        "host_bytes": need.host_bytes,
+        "h2d_bytes": sum(s.bytes for s in timeline.spans if s.resource == "H2D"),
+        "overlap": timeline.overlap,
+        **{name: busy[name] for name in ("cpu_busy", "gpu_busy", "h2d_busy")},
+        "evidence": replay.info["evidence"],
+        **{f"predicted_{name}": value for name, value in predicted.items()},
+        "error": {
+            "ttft_s": replay.ttft_s / run.median.ttft_s - 1,
+            "tpot_s": replay.tpot_s / run.median.tpot_s - 1 if run.median.tpot_s > 0 else None,
+        },
+        "tokens": list(run.median.tokens),
+    }
+
+
+def _shape(spec: ModelSpec, budget: int) -> str:
+    experts = max(layer.ffn.n_experts for layer in spec.layers)
+    kind = f"{experts} experts a layer" if experts > 1 else "dense"
+    return (
+        f"{spec.n_layers} layers, {kind}, {format_bytes(spec.weight_bytes)} of {spec.dtype} weights, "
+        f"{format_bytes(budget)} of device memory"
+    )
+
+
+def _save(out: Path, spec: ModelSpec, profile: HardwareProfile, run: Run) -> list[tuple[str, str]]:
+    out.mkdir(parents=True, exist_ok=True)
+    name = spec.name
+    run.plan.save(out / f"{name}.plan.json")
+    profile.save(out / f"{name}.hardware.json")
+    run.replay.save_chrome_trace(out / f"{name}.simulated.trace.json")
+    run.median.timeline.save_chrome_trace(out / f"{name}.measured.trace.json")
+    run.median.routing.save(out / f"{name}.routing.parquet")
+    return [
+        (f"{name}.plan.json", f"the plan of {run.plan.policy} for {name}"),
+        (f"{name}.hardware.json", "the calibrated profile it was planned with"),
+        (f"{name}.simulated.trace.json", "simulated timeline, opens in Perfetto"),
+        (f"{name}.measured.trace.json", "measured timeline, opens in Perfetto"),
+        (f"{name}.routing.parquet", "tokens per expert of the measured run"),
+    ]
