@@ -23,7 +23,14 @@ class LayerBinding:
     """
 
     def __init__(
-        self, store: LayerStore, slots: Slots, device: Device, pinned: bool, act: Activation, x_SD: Tensor, routed: Routed | None
+        self,
+        store: LayerStore,
+        slots: Slots,
+        device: Device,
+        pinned: bool,
+        act: Activation,
+        x_SD: Tensor,
+        routed: Routed | None,
     ) -> None:
         self._store, self._slots, self._device, self._pinned, self._act = store, slots, device, pinned, act
         self._x, self._routed = x_SD, routed
@@ -56,19 +63,15 @@ class LayerBinding:
         width = 3 * self._x.shape[-1]
         pairs = send_pairs(store, self._slots, task, width)
 
-        def body() -> None:
-            for target, source in pairs:
-                self._device.copy(target, source, self._pinned)
-
-        return body
+        return lambda: self._device.copy(pairs, self._pinned)
 
     def _to_host(self) -> None:
         self._host_x = self._device.staging(self._x, "act_d2h", on_host=True)
-        self._device.copy(self._host_x, self._x, pinned=True)
+        self._device.copy([(self._host_x, self._x)], pinned=True)
 
     def _to_device(self) -> None:
         target = self._device.staging(self._x, "act_h2d", on_host=False)
-        self._device.copy(target, self._host_y, pinned=True)
+        self._device.copy([(target, self._host_y)], pinned=True)
         self._add(target)
 
     # -- arithmetic -----------------------------------------------------------------------------------

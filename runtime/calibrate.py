@@ -1,11 +1,11 @@
 """calibrate(): measure a hardware profile through the executor, for the shapes of one model.
 
-    rest     embedding, attention, head and sampling: a model of the same shapes with random weights and
-             few layers, run by the executor with everything on the device, then with everything on the CPU
-    ffn      MLP parts over width and tokens, on CPU and GPU
-    copies   H2D and D2H over sizes, pinned and pageable
-    together CPU, GPU and H2D at work at once: the contention table
-    handoff  delays between tasks of different resources, read from an overlapping run
+rest     embedding, attention, head and sampling: a model of the same shapes with random weights and
+         few layers, run by the executor with everything on the device, then with everything on the CPU
+ffn      MLP parts over width and tokens, on CPU and GPU
+copies   H2D and D2H over sizes, pinned and pageable
+together CPU, GPU and H2D at work at once: the contention table
+handoff  delays between tasks of different resources, read from an overlapping run
 """
 
 from __future__ import annotations
@@ -128,10 +128,11 @@ def device_bytes(device: str) -> int:
 
 
 def _versions(device: str) -> dict[str, str]:
-    found = {"torch": torch.__version__}
+    found: dict[str, str] = {"torch": str(torch.__version__)}
     if device != "emulated":
         properties = torch.cuda.get_device_properties(torch.device(device))
-        found |= {"gpu": properties.name, "cuda": str(torch.version.cuda), "gpu_memory_bytes": str(properties.total_memory)}
+        found |= {"gpu": properties.name, "cuda": str(torch.version.cuda)}
+        found["gpu_memory_bytes"] = str(properties.total_memory)
     return found
 
 
@@ -317,4 +318,3 @@ def _micro(
         return curves, together, opened.cpu_threads
     finally:
         opened.close()
-

@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from runtime.binding import LayerBinding, send_pairs
-from runtime.devices.base import Body, Device, Mark
+from runtime.devices.base import Body, CopyPair, Device, Mark
 from runtime.memory import WeightStore
 from runtime.ops import Activation
 from runtime.routing import Routed
@@ -168,11 +167,9 @@ class Executor:
             self._recording.sample = None
 
     def _record(self, task: Task, start_ns: int, end_ns: int) -> None:
-        self._recording.spans.append(
-            Span(
-                task.id, task.kind, task.resource, task.step, task.layer, start_ns / 1e9, end_ns / 1e9, task.bytes, task.flops
-            )
-        )
+        start_s, end_s = start_ns / 1e9, end_ns / 1e9
+        span = Span(task.id, task.kind, task.resource, task.step, task.layer, start_s, end_s, task.bytes, task.flops)
+        self._recording.spans.append(span)
 
     def _move(self, moves: Sequence[Task], hidden: Tensor) -> Tensor:
         for task in moves:
@@ -198,16 +195,5 @@ def _shifted(span: Span, by_s: float) -> Span:
     return Span(span.task, span.kind, span.resource, span.step, span.layer, start_s, end_s, span.bytes, span.flops)
 
 
-def _copy_body(device: Device, pairs: Sequence[tuple[Tensor, Tensor]], pinned: bool) -> Body:
-    def body() -> None:
-        for target, source in pairs:
-            device.copy(target, source, pinned)
-
-    return body
-
-
-def rows_of(hidden: Tensor) -> Tensor:
-    """Activations [..., D] as rows [S, D]."""
-    return hidden.reshape(-1, hidden.shape[-1])
-
-
+def _copy_body(device: Device, pairs: Sequence[CopyPair], pinned: bool) -> Body:
+    return lambda: device.copy(pairs, pinned)

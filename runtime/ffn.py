@@ -5,6 +5,7 @@ They hold no parameters: weights belong to the executor's store.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,8 +60,13 @@ def attach(model: PreTrainedModel, executor: Executor) -> None:
     norm.register_forward_pre_hook(lambda _, args: (executor.enter_head(args[0]), *args[1:]))
 
 
-def _begin_step(executor: Executor) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def _begin_step(executor: Executor) -> Callable[[nn.Module, Args, Kwargs], None]:
+    def hook(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        del module
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             ids = kwargs["inputs_embeds"][..., 0]
@@ -72,8 +78,9 @@ def _begin_step(executor: Executor) -> Any:
     return hook
 
 
-def _enter_layer(executor: Executor, layer: int) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _enter_layer(executor: Executor, layer: int) -> Callable[[nn.Module, Args, Kwargs], tuple[Args, Kwargs]]:
+    def hook(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        del module
         before = args[0]
         hidden = executor.enter_layer(layer, before)
         if hidden.device != before.device or kwargs_elsewhere(kwargs, hidden.device):

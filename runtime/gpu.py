@@ -76,5 +76,7 @@ def gpu_findings(found: list[Gpu]) -> list[Finding]:
             findings.append(Finding("link", limit, "Move it to a full-width slot, or free the lanes that others share"))
         if gpu.free_bytes < 0.8 * gpu.vram_bytes:
             limit = f"Only {gpu.free_bytes / gpu.vram_bytes:.0%} of GPU {index}'s memory is free"
-            findings.append(Finding("vram", limit, "End the other programs on it, or plan with a smaller --vram-budget"))
+            findings.append(
+                Finding("vram", limit, "End the other programs on it, or plan with a smaller --vram-budget")
+            )
     return findings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,11 +55,10 @@ def measure(
 def _once(model: PlannedModel, ids: torch.Tensor, n_gen: int, streamer: BaseStreamer | None) -> Measured:
     out = _generate(model, ids, n_gen, streamer)
     timeline, routing = model.last_timeline, model.last_routing
-    assert timeline is not None and routing is not None, "generate has run"
+    assert timeline is not None, "generate has run"
+    assert routing is not None, "generate has run"
     tokens = tuple(int(t) for t in out[0, ids.shape[1] :])
-    return Measured(
-        timeline.ttft_s, timeline.tpot_s, timeline, routing, tokens, model.executor.device.peak_bytes()
-    )
+    return Measured(timeline.ttft_s, timeline.tpot_s, timeline, routing, tokens, model.executor.device.peak_bytes())
 
 
 def _generate(model: PlannedModel, ids: torch.Tensor, n_gen: int, streamer: BaseStreamer | None) -> torch.Tensor:
@@ -81,8 +79,3 @@ def median_run(runs: Sequence[Measured]) -> Measured:
     """The run whose total time is the (lower) median: its timeline stands for all."""
     ordered = sorted(runs, key=lambda run: run.total_s)
     return ordered[(len(ordered) - 1) // 2]
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation; 0 deviation for a single value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class ExpertStore:
     def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The pieces that make up columns [start, stop)."""
         inner = [c for c in self.cuts if start <= c <= stop]
-        return list(zip(inner[:-1], inner[1:], strict=True))
+        return list(pairwise(inner))
 
     def resident(self) -> list[Piece]:
         """The GG piece."""
@@ -59,7 +60,7 @@ class ExpertStore:
 
     def fill(self, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> None:
         """Copy an expert's weights from the checkpoint's tensors to where they belong."""
-        for a, b in zip(self.cuts[:-1], self.cuts[1:], strict=True):
+        for a, b in pairwise(self.cuts):
             flat = self.device if b <= self.gg else self.host_run(a, b)
             gate_up, down = piece_views(flat, self.d_model, b - a)
             gate_up[: b - a].copy_(gate_FD[a:b])

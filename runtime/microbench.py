@@ -109,7 +109,7 @@ class MicroBench:
             first = (i * n) % (host.numel() - n + 1)
             near, far = host[first : first + n], self.resident[:n]
             target, source = (far, near) if resource == "H2D" else (near, far)
-            return lambda: self.device.copy(target, source, pinned)
+            return lambda: self.device.copy([(target, source)], pinned)
 
         return body_of
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from sim.bounds import Bound
 
 from hwmodels.profile import HardwareProfile
-from sim.bounds import Bound
 from sim.memory import memory
 from sim.model import ModelSpec
 from sim.plan import Plan
@@ -16,38 +18,66 @@ from sim.workload import Workload
 Row = dict[str, object]
 
 
+@dataclass(frozen=True)
+class Speeds:
+    """Times of one generation and tokens per second of all its sequences; decode is 0 where none was decoded."""
+
+    prefill_tok_s: float
+    decode_tok_s: float
+    ttft_s: float
+    tpot_s: float
+
+    @staticmethod
+    def of(timeline: Timeline, workload: Workload) -> Speeds:
+        """Speeds that a timeline of a workload shows."""
+        ttft_s, tpot_s = timeline.ttft_s, timeline.tpot_s
+        decode_tok_s = workload.batch / tpot_s if tpot_s > 0 else 0.0
+        return Speeds(workload.n_prompt * workload.batch / ttft_s, decode_tok_s, ttft_s, tpot_s)
+
+    def errors_of(self, predicted: Speeds) -> dict[str, float | None]:
+        """(predicted - self) / self by key; None where nothing was measured."""
+        guess = asdict(predicted)
+        return {key: guess[key] / value - 1.0 if value > 0 else None for key, value in asdict(self).items()}
+
+
 def simulated_row(
     spec: ModelSpec, plan: Plan, profile: HardwareProfile, workload: Workload, timeline: Timeline, limit: Bound
 ) -> Row:
     """Keys of a simulated run; memory is what the plan takes."""
-    row = _identity(spec, plan, workload, profile.device) | _speeds(timeline, workload)
-    return row | _bounds(row, limit) | _usage(spec, plan, timeline) | {"evidence": timeline.info["evidence"]}
-
-
-def measured_row(spec: ModelSpec, plan: Plan, workload: Workload, timeline: Timeline, device: str) -> Row:
-    """Keys of one measured run."""
-    return _identity(spec, plan, workload, device) | _speeds(timeline, workload) | _usage(spec, plan, timeline)
-
-
-def with_samples(row: Row, runs: Sequence[Timeline], workload: Workload) -> Row:
-    """A measured row with the speeds of all repetitions, and their standard deviations."""
-    speeds = [_speeds(timeline, workload) for timeline in runs]
-    samples = {key: [float(str(s[key])) for s in speeds] for key in ("prefill_tok_s", "decode_tok_s")}
-    stddev = {key: statistics.stdev(v) if len(v) > 1 else 0.0 for key, v in samples.items()}
-    return row | {"stddev": stddev, "samples": samples}
-
-
-def with_prediction(row: Row, replay: Timeline, workload: Workload, limit: Bound) -> Row:
-    """A measured row with what the simulator says of the same plan and routing, and its relative errors."""
-    predicted = _speeds(replay, workload)
-    error = {key: _error(predicted[key], row[key]) for key in ("ttft_s", "tpot_s", "prefill_tok_s", "decode_tok_s")}
+    speeds = Speeds.of(timeline, workload)
     return (
-        row
-        | _bounds(row, limit)
-        | {"evidence": replay.info["evidence"]}
-        | {f"predicted_{key}": value for key, value in predicted.items()}
-        | {"error": error}
+        _identity(spec, plan, workload, profile.device)
+        | asdict(speeds)
+        | _bounds(speeds, limit)
+        | _usage(spec, plan, timeline)
+        | {"evidence": timeline.info["evidence"]}
     )
+
+
+def measured_row(
+    spec: ModelSpec, plan: Plan, workload: Workload, runs: Sequence[Timeline], shown: Timeline, device: str
+) -> Row:
+    """Keys of repeated measured runs: the speeds of the run that is shown, and the spread of all."""
+    speeds = [Speeds.of(timeline, workload) for timeline in runs]
+    samples = {key: [float(asdict(s)[key]) for s in speeds] for key in ("prefill_tok_s", "decode_tok_s")}
+    return (
+        _identity(spec, plan, workload, device)
+        | asdict(Speeds.of(shown, workload))
+        | _usage(spec, plan, shown)
+        | {"stddev": {key: statistics.stdev(v) if len(v) > 1 else 0.0 for key, v in samples.items()}}
+        | {"samples": samples}
+    )
+
+
+def prediction_keys(shown: Timeline, replay: Timeline, workload: Workload, limit: Bound) -> Row:
+    """Keys that a measured row gains: what the simulator says of the same plan and routing, and its errors."""
+    measured, predicted = Speeds.of(shown, workload), Speeds.of(replay, workload)
+    return {
+        **_bounds(measured, limit),
+        "evidence": replay.info["evidence"],
+        **{f"predicted_{key}": value for key, value in asdict(predicted).items()},
+        "error": measured.errors_of(predicted),
+    }
 
 
 def _identity(spec: ModelSpec, plan: Plan, workload: Workload, device: str) -> Row:
@@ -66,24 +96,12 @@ def _identity(spec: ModelSpec, plan: Plan, workload: Workload, device: str) -> R
     }
 
 
-def _speeds(timeline: Timeline, workload: Workload) -> Row:
-    """Times and tokens per second of all sequences together; decode is 0 where nothing was decoded."""
-    ttft_s, tpot_s = timeline.ttft_s, timeline.tpot_s
-    return {
-        "prefill_tok_s": workload.n_prompt * workload.batch / ttft_s,
-        "decode_tok_s": workload.batch / tpot_s if tpot_s > 0 else 0.0,
-        "ttft_s": ttft_s,
-        "tpot_s": tpot_s,
-    }
-
-
-def _bounds(row: Row, limit: Bound) -> Row:
-    """The hardware's bound, and the share of it that is reached: in decode, or in prefill without decode steps."""
-    decode = float(str(row["decode_tok_s"]))
-    if decode > 0:
-        fraction = decode / limit.decode_tok_s if limit.decode_tok_s > 0 else 0.0
+def _bounds(speeds: Speeds, limit: Bound) -> Row:
+    """The hardware's bound and the share of it that is reached: in decode, or in prefill without decode steps."""
+    if speeds.decode_tok_s > 0:
+        fraction = speeds.decode_tok_s / limit.decode_tok_s if limit.decode_tok_s > 0 else 0.0
     else:
-        fraction = float(str(row["prefill_tok_s"])) / limit.prefill_tok_s
+        fraction = speeds.prefill_tok_s / limit.prefill_tok_s
     return {
         "bound_prefill_tok_s": limit.prefill_tok_s,
         "bound_decode_tok_s": limit.decode_tok_s,
@@ -92,8 +110,7 @@ def _bounds(row: Row, limit: Bound) -> Row:
 
 
 def _usage(spec: ModelSpec, plan: Plan, timeline: Timeline) -> Row:
-    need = memory(spec, plan)
-    makespan_s = timeline.makespan_s
+    need, makespan_s = memory(spec, plan), timeline.makespan_s
     busy = {name: seconds / makespan_s if makespan_s > 0 else 0.0 for name, seconds in timeline.busy_s.items()}
     return {
         "vram_bytes": need.vram_bytes,
@@ -103,9 +120,3 @@ def _usage(spec: ModelSpec, plan: Plan, timeline: Timeline) -> Row:
         "gpu_busy": busy["GPU"],
         "h2d_busy": busy["H2D"],
     }
-
-
-def _error(predicted: object, measured: object) -> float | None:
-    """(predicted - measured) / measured; None where nothing was measured."""
-    found = float(str(measured))
-    return float(str(predicted)) / found - 1.0 if found > 0 else None

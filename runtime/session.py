@@ -106,9 +106,8 @@ def load_planned(
     check_memory(spec, plan, host_bytes)
     with Checkpoint.open(folder) as checkpoint:
         opened = open_device(device, plan.vram_budget_bytes, cpu_threads)
-        bar = tqdm(
-            total=spec.weight_bytes, unit="B", unit_scale=True, desc=f"load {spec.name}", disable=not progress, leave=False
-        )
+        what = f"load {spec.name}"
+        bar = tqdm(total=spec.weight_bytes, unit="B", unit_scale=True, desc=what, disable=not progress, leave=False)
 
         def fill(model: PreTrainedModel, store: WeightStore) -> None:
             load_rest(model, checkpoint, adapter, placement(plan, opened), getattr(torch, spec.dtype), bar.update)
@@ -156,10 +155,8 @@ def placement(plan: Plan, device: Device) -> Callable[[str], torch.device]:
     cpu = torch.device("cpu")
 
     def place(name: str) -> torch.device:
-        if name.startswith("model.layers."):
-            here = plan.layers[int(name.split(".")[2])].rest
-        else:
-            here = plan.ends
+        in_layer = name.startswith("model.layers.")
+        here = plan.layers[int(name.split(".")[2])].rest if in_layer else plan.ends
         return device.torch_device if here == "GPU" else cpu
 
     return place

@@ -60,7 +60,9 @@ def _bytes(config: Mapping[str, Any]) -> int:
     return sum(spec.ffn_bytes(i) + spec.rest_bytes(i) for i in range(spec.n_layers))
 
 
-def uniform_plan(spec: ModelSpec, place: Place, gg_share: float, ahead_share: float, n_ctx: int, vram_bytes: int) -> Plan:
+def uniform_plan(
+    spec: ModelSpec, place: Place, gg_share: float, ahead_share: float, n_ctx: int, vram_bytes: int
+) -> Plan:
     """A plan that treats all layers alike: shares of every expert's columns that are GG and sent ahead."""
     layers, ahead = [], []
     for layer in spec.layers:

@@ -7,13 +7,15 @@ prompt, replay what ran (its plan and its routing) in the simulator, and write b
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
 import torch
+from sim.bounds import Bound, bound
+from sim.planner import plan as make_plan
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
@@ -22,15 +24,14 @@ from hwmodels.machine import fingerprint
 from hwmodels.profile import HardwareProfile
 from hwmodels.units import format_bytes
 from runtime.cache import cached_profile
-from runtime.measure import Measured, measure, median_run, spread
+from runtime.measure import Measured, measure, median_run
+from runtime.rows import Row, measured_row, prediction_keys
 from runtime.session import load_planned
 from runtime.versions import versions
-from sim.bounds import Bound, bound
-from sim.compare import Comparison, compare
+from sim.compare import compare
 from sim.memory import activation_bytes, ends_bytes, memory
 from sim.model import ModelSpec, load_model
 from sim.plan import Plan
-from sim.planner import plan as make_plan
 from sim.report import ModelResult, Report, write_report
 from sim.simulate import simulate
 from sim.timeline import Timeline
@@ -38,8 +39,6 @@ from sim.workload import Workload
 
 DEFAULT_POLICIES = ("cpu-only", "stream", "llama-cpp", "fiddler", "scheinfer", "auto")
 PROMPT = "The weights of a layer are read once for every token, so memory decides how fast a token comes. "
-
-Row = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def _validate_model(
             runs.append(_run(folder, spec, plan, profile, workload, prompt, job, _redirected(streamer, text)))
             bar.update()
     limit = bound(spec, profile, budget, workload)
-    rows = [_row(spec, run, profile, workload, limit) for run in runs] + refused
+    rows = [_row(spec, run, workload, limit) for run in runs] + refused
     shown = next(run for run in runs if run.plan is best)
     files = _save(out, spec, profile, shown)
     result = ModelResult(
@@ -209,60 +208,23 @@ def _redirected(streamer: TextStreamer | None, text: IO[str]) -> TextStreamer | 
         def write(piece: str, stream_end: bool = False) -> None:
             print(piece, end="\n" if stream_end else "", file=text, flush=True)
 
-        streamer.on_finalized_text = write  # type: ignore[method-assign]
+        streamer.on_finalized_text = write  # type: ignore[method-assign, assignment]
     return streamer
 
 
 # -- what comes back ----------------------------------------------------------------------------------
 
 
-def _row(spec: ModelSpec, run: Run, profile: HardwareProfile, workload: Workload, limit: Bound) -> Row:
-    plan, replay, timeline = run.plan, run.replay, run.median.timeline
-    need = memory(spec, plan)
-    prefill = [workload.n_prompt / r.ttft_s for r in run.runs]
-    decode = [1.0 / r.tpot_s for r in run.runs if r.tpot_s > 0]
-    predicted: Mapping[str, float] = {
-        "prefill_tok_s": workload.n_prompt / replay.ttft_s,
-        "decode_tok_s": 1.0 / replay.tpot_s if replay.tpot_s > 0 else 0.0,
-        "ttft_s": replay.ttft_s,
-        "tpot_s": replay.tpot_s,
-        "vram_bytes": need.vram_bytes,
-    }
-    busy = {f"{name.lower()}_busy": seconds / timeline.makespan_s for name, seconds in timeline.busy_s.items()}
-    decode_mean, decode_dev = spread(decode) if decode else (0.0, 0.0)
-    median_decode = 1.0 / run.median.tpot_s if run.median.tpot_s > 0 else 0.0
+def _row(spec: ModelSpec, run: Run, workload: Workload, limit: Bound) -> Row:
+    timelines = [r.timeline for r in run.runs]
+    shown = run.median.timeline
+    device = str(shown.info["device"])
     return {
-        "model": spec.name,
-        "policy": plan.policy,
-        "plan_id": plan.id,
-        "profile_id": profile.id,
-        "device": profile.device,
-        "dtype": spec.dtype,
-        "vram_budget_bytes": plan.vram_budget_bytes,
-        "n_prompt": workload.n_prompt,
-        "n_gen": workload.n_gen,
-        "n_depth": workload.n_depth,
-        "batch": workload.batch,
-        "prefill_tok_s": workload.n_prompt / run.median.ttft_s,
-        "decode_tok_s": median_decode,
-        "ttft_s": run.median.ttft_s,
-        "tpot_s": run.median.tpot_s,
-        "stddev": {"prefill_tok_s": spread(prefill)[1], "decode_tok_s": decode_dev},
-        "samples": {"prefill_tok_s": prefill, "decode_tok_s": decode, "decode_tok_s_mean": decode_mean},
-        "bound_prefill_tok_s": limit.prefill_tok_s,
-        "bound_decode_tok_s": limit.decode_tok_s,
-        "bound_fraction": median_decode / limit.decode_tok_s if limit.decode_tok_s else 0.0,
+        **measured_row(spec, run.plan, workload, timelines, shown, device),
+        **prediction_keys(shown, run.replay, workload, limit),
         "vram_bytes": run.median.peak_vram_bytes,
-        "host_bytes": need.host_bytes,
-        "h2d_bytes": sum(s.bytes for s in timeline.spans if s.resource == "H2D"),
-        "overlap": timeline.overlap,
-        **{name: busy[name] for name in ("cpu_busy", "gpu_busy", "h2d_busy")},
-        "evidence": replay.info["evidence"],
-        **{f"predicted_{name}": value for name, value in predicted.items()},
-        "error": {
-            "ttft_s": replay.ttft_s / run.median.ttft_s - 1,
-            "tpot_s": replay.tpot_s / run.median.tpot_s - 1 if run.median.tpot_s > 0 else None,
-        },
+        "predicted_vram_bytes": memory(spec, run.plan).vram_bytes,
+        "overlap": shown.overlap,
         "tokens": list(run.median.tokens),
     }
 

@@ -23,6 +23,8 @@ from sim.plan import Place
 
 Body = Callable[[], None]
 DeviceKind = Literal["cuda", "emulated"]
+CopyPair = tuple[torch.Tensor, torch.Tensor]
+"""Target and source of a copy: flat or of one shape."""
 Mark = int | torch.cuda.Event
 """A point in time: nanoseconds on the host clock, or an event in the device's stream."""
 
@@ -141,9 +143,10 @@ class Arena:
     def take(self, n_bytes: int, what: str) -> None:
         """Account for `n_bytes`; PlanError with numbers if the cap would be passed."""
         if self.used_bytes + n_bytes > self.cap_bytes:
+            left = format_bytes(self.cap_bytes - self.used_bytes)
             raise PlanError(
-                f"device memory: {what} needs {format_bytes(n_bytes)}, {format_bytes(self.cap_bytes - self.used_bytes)} "
-                f"of {format_bytes(self.cap_bytes)} are left; raise --vram-budget or plan for a smaller one"
+                f"device memory: {what} needs {format_bytes(n_bytes)}, {left} of {format_bytes(self.cap_bytes)} "
+                f"are left; raise --vram-budget or plan for a smaller one"
             )
         self.used_bytes += n_bytes
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
@@ -169,8 +172,8 @@ class Device(Protocol):
     def staging(self, like: torch.Tensor, name: str, on_host: bool) -> torch.Tensor:
         """A buffer of `like`'s shape for activations on their way; the same memory for the same name."""
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, pinned: bool) -> None:
-        """Copy between host and device; called by the body of a task on H2D or D2H."""
+    def copy(self, pairs: Sequence[CopyPair], pinned: bool) -> None:
+        """Copy (target, source) pairs between host and device; called by the body of a task on H2D or D2H."""
 
     def peak_bytes(self) -> int:
         """Most device memory held at once so far."""

@@ -17,7 +17,7 @@ import torch
 
 from hwmodels.errors import ExecutionError
 from runtime.clock import now_ns
-from runtime.devices.base import Arena, Body, DeviceKind, Mark, Ticket, WorkerQueue, failure
+from runtime.devices.base import Arena, Body, CopyPair, DeviceKind, Mark, Ticket, WorkerQueue, failure
 from sim.graph import Task
 from sim.plan import Place
 
@@ -111,8 +111,9 @@ class CudaDevice:
             status = int(runtime.cudaHostRegister(address, min(_PIN_CHUNK_BYTES, slab.nbytes - first), 0))
             if status != 0:
                 warnings.warn(
-                    f"only {first / 2**30:.1f} of {slab.nbytes / 2**30:.1f} GiB could be page-locked (CUDA error {status}); "
-                    "copies of the rest run at the pageable rate: raise the memlock limit and calibrate again",
+                    f"only {first / 2**30:.1f} of {slab.nbytes / 2**30:.1f} GiB could be page-locked "
+                    f"(CUDA error {status}); copies of the rest run at the pageable rate: raise the "
+                    f"memlock limit and calibrate again",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -129,9 +130,10 @@ class CudaDevice:
             held = self._staging[key] = torch.empty(like.numel(), dtype=like.dtype, **where)
         return held[: like.numel()].view(like.shape)
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, pinned: bool) -> None:
+    def copy(self, pairs: Sequence[CopyPair], pinned: bool) -> None:
         """Copy in the current stream; from or to ordinary memory the driver makes it synchronous."""
-        target.copy_(source, non_blocking=pinned)
+        for target, source in pairs:
+            target.copy_(source, non_blocking=pinned)
 
     def peak_bytes(self) -> int:
         """Most bytes that torch's allocator held."""

@@ -17,9 +17,11 @@ import torch
 
 from hwmodels.errors import ExecutionError
 from runtime.clock import now_ns
-from runtime.devices.base import Arena, Body, DeviceKind, Mark, Ticket, WorkerQueue, failure
+from runtime.devices.base import Arena, Body, CopyPair, DeviceKind, Mark, Ticket, WorkerQueue, failure
 from sim.graph import Task
 from sim.plan import Place
+
+_LEAST_SLEEP_S = 5e-5  # about what a sleep overshoots by: shorter ones would only add delay
 
 
 @dataclass(frozen=True)
@@ -79,19 +81,21 @@ class EmulatedDevice:
         """Most bytes taken from the arena."""
         return self.arena.peak_bytes
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, pinned: bool) -> None:
-        """Copy in chunks, each held back to the link's rate."""
+    def copy(self, pairs: Sequence[CopyPair], pinned: bool) -> None:
+        """Copy in chunks, held back to the link's rate; the schedule runs on over all pairs of a task."""
         rate = self.link.pinned_bytes_per_s if pinned else self.link.pageable_bytes_per_s
-        size = target.element_size()
-        to, of = target.reshape(-1), source.reshape(-1)
-        chunk = max(1, self.link.chunk_bytes // size)
-        start = time.perf_counter()
-        for first in range(0, of.numel(), chunk):
-            last = min(first + chunk, of.numel())
-            to[first:last].copy_(of[first:last])
-            ahead_s = start + last * size / rate - time.perf_counter()
-            if ahead_s > 0:
-                time.sleep(ahead_s)
+        start_s, n_bytes = time.perf_counter(), 0
+        for target, source in pairs:
+            size = target.element_size()
+            to, of = target.reshape(-1), source.reshape(-1)
+            chunk = max(1, self.link.chunk_bytes // size)
+            for first in range(0, of.numel(), chunk):
+                last = min(first + chunk, of.numel())
+                to[first:last].copy_(of[first:last])
+                n_bytes += (last - first) * size
+                ahead_s = start_s + n_bytes / rate - time.perf_counter()
+                if ahead_s > _LEAST_SLEEP_S:
+                    time.sleep(ahead_s)
 
     # -- tasks ----------------------------------------------------------------------------------------
 
