@@ -1,0 +1,139 @@
+"""What a policy is asked, and the steps that policies share: plans from placements, fitting, the best of some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from hwmodels.errors import PlanError
+from hwmodels.profile import HardwareProfile
+from sim.memory import check_memory, memory
+from sim.model import ModelSpec
+from sim.placement import Filling
+from sim.plan import LayerPartition, Place, Plan, Prediction, Tier, check_plan
+from sim.simulate import forecast
+from sim.workload import Workload
+
+Policy = Callable[[ModelSpec, HardwareProfile, int, Workload], Plan]
+"""A named rule: propose(spec, profile, vram_budget_bytes, workload) -> Plan; PlanError if none fits."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One model on one machine under one device memory budget, for one workload."""
+
+    spec: ModelSpec
+    profile: HardwareProfile
+    vram_budget_bytes: int
+    workload: Workload
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The most tokens that one step can have: the whole context of every sequence."""
+        return self.workload.n_ctx * self.workload.batch
+
+    def need_gpu(self, policy: str) -> None:
+        """Raise PlanError if the machine has no device."""
+        if not self.profile.has_gpu:
+            raise PlanError(f"{policy} needs a GPU, profile {self.profile.name!r} has none; use --policy cpu-only")
+
+    def tier(
+        self,
+        name: str,
+        max_tokens: int,
+        overlap: bool,
+        ahead: bool = False,
+        stream_min_tokens: int | None = None,
+        n_slots: int = 0,
+    ) -> Tier:
+        """A tier that sends all host columns ahead, or after the router, or nothing."""
+        columns = tuple(la.ffn.columns if ahead else 0 for la in self.spec.layers)
+        return Tier(name, max_tokens, overlap, columns, stream_min_tokens, n_slots)
+
+    def both(self, like: Tier) -> tuple[Tier, Tier]:
+        """Decode and prompt tiers that run alike."""
+        decode = replace(like, name="decode", max_tokens=self.workload.batch)
+        return decode, replace(like, name="prompt", max_tokens=self.prompt_tokens)
+
+    def plan(
+        self, policy: str, layers: Sequence[LayerPartition], tiers: Sequence[Tier], pinned: bool, ends: Place = "GPU"
+    ) -> Plan:
+        """The plan of these decisions, not yet checked. Slots that nothing passes through are dropped."""
+        plan = Plan(
+            policy=policy,
+            model=self.spec.name,
+            model_id=self.spec.id,
+            profile_id=self.profile.id,
+            dtype=self.spec.dtype,
+            vram_budget_bytes=self.vram_budget_bytes,
+            n_ctx=self.workload.n_ctx,
+            batch=self.workload.batch,
+            pinned=pinned,
+            ends=ends,
+            layers=tuple(layers),
+            tiers=tuple(tiers),
+        )
+        return replace(plan, tiers=tuple(_tidy(self.spec, plan, tier) for tier in plan.tiers))
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether the plan's device part is within the budget."""
+        return memory(self.spec, plan).vram_bytes <= self.vram_budget_bytes
+
+    def checked(self, plan: Plan) -> Plan:
+        """The plan, after all checks; PlanError says what does not fit."""
+        check_plan(plan, self.spec)
+        check_memory(self.spec, plan, self.profile.host_bytes)
+        return plan
+
+    def fullest(self, filling: Filling, make: Callable[[tuple[LayerPartition, ...]], Plan]) -> Plan:
+        """The plan with the most units on the device that fits; PlanError if not even none does.
+
+        Bytes grow with units but for slots, which shrink with every round over all layers: hence all units
+        at once first, then a bisection, then one round further.
+        """
+        n = len(filling.sequence)
+        full = make(filling.layers(n))
+        if n == 0 or self.fits(full):
+            return self.checked(full)
+        low, high = 0, n
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.fits(make(filling.layers(middle))) else (low, middle)
+        further = range(low, min(low + self.spec.n_layers, n))
+        return self.checked(
+            make(filling.layers(max(k for k in further if k == low or self.fits(make(filling.layers(k))))))
+        )
+
+    def best(self, plans: Iterable[Callable[[], Plan]]) -> Plan:
+        """The plan with the shortest simulated generation, the first of equals; PlanError if none fits."""
+        found: list[tuple[float, Plan]] = []
+        reasons: list[PlanError] = []
+        known: set[str] = set()
+        for make in plans:
+            try:
+                plan = self.checked(make())
+            except PlanError as error:
+                reasons.append(error)
+                continue
+            if plan.id not in known:
+                known.add(plan.id)
+                prediction = forecast(self.spec, plan, self.profile, self.workload)
+                found.append((total_s(prediction, self.workload), plan.with_prediction(prediction)))
+        if not found:
+            raise reasons[0]
+        return min(found, key=lambda pair: pair[0])[1]
+
+
+def _tidy(spec: ModelSpec, plan: Plan, tier: Tier) -> Tier:
+    sends = any(
+        part.rest == "GPU" and min(part.gg) < la.ffn.columns and (tier.ahead[i] or tier.stream_min_tokens is not None)
+        for i, (part, la) in enumerate(zip(plan.layers, spec.layers, strict=True))
+    )
+    if sends:
+        return tier
+    return replace(tier, ahead=(0,) * spec.n_layers, stream_min_tokens=None, n_slots=0, stream_columns=None)
+
+
+def total_s(prediction: Prediction, workload: Workload) -> float:
+    """Seconds of a whole generation: the first token, then one step for every other."""
+    return prediction.ttft_s + (workload.n_gen - 1) * prediction.tpot_s
