@@ -25,7 +25,7 @@ def cache_folder() -> Path:
 
 def names() -> list[str]:
     """Names that `hardware` knows: calibrated and shipped, calibrated and cached, composed of published figures."""
-    return list(dict.fromkeys([*_files(_SHIPPED), *_files(cache_folder() / "hardware"), *machines()]))
+    return list(dict.fromkeys([*_files(_SHIPPED), *_files(cache_folder() / "profiles"), *machines()]))
 
 
 def hardware(name: str | Path) -> HardwareProfile:
@@ -41,7 +41,7 @@ def hardware(name: str | Path) -> HardwareProfile:
     text = str(name)
     if text.endswith(".json") or os.sep in text:
         return load_profile(text)
-    for folder in (_SHIPPED, cache_folder() / "hardware"):
+    for folder in (_SHIPPED, cache_folder() / "profiles"):
         if text in _files(folder):
             return load_profile(folder / f"{text}.json")
     if text in machines():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from hwmodels.catalog import cache_folder
 from hwmodels.errors import FormatError
 from hwmodels.machine import fingerprint
 from hwmodels.profile import HardwareProfile, load_profile
@@ -14,12 +15,6 @@ from hwmodels.schema import digest
 from runtime.calibrate import calibrate
 from runtime.devices import device_name
 from sim.model import load_model
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/scheinfer, by default ~/.cache/scheinfer."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "scheinfer"
 
 
 def profile_path(folder: Path, device: str, quick: bool, cpu_threads: int | None) -> Path:

@@ -20,7 +20,7 @@ PAIR = frozenset({"CPU", "H2D"})
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "scheinfer" / "hardware"
+    return tmp_path / "cache" / "scheinfer" / "profiles"
 
 
 def test_at_least_ten_machines_are_known():
