@@ -54,13 +54,19 @@ def choose_plan(request: Request, progress: bool, tell: Tell) -> Choice:
     Measures this machine quickly if no profile of it is cached. Raises PlanError if nothing fits.
     """
     profile = choose_profile(request, progress, tell)
-    budget = request.vram_budget_bytes
-    if budget is None:
-        budget = default_vram_budget(request.spec, request.workload, request.device)
-        tell(f"device memory: {format_bytes(budget)} (--vram-budget was not given)")
+    budget = choose_budget(request, tell)
     plan = planner.plan(request.spec, profile, budget, request.workload, request.policy)
     tell(f"plan: {plan.policy} {plan.id}, for {format_bytes(budget)} on the {profile.device} device")
     return Choice(plan, profile, budget)
+
+
+def choose_budget(request: Request, tell: Tell) -> int:
+    """Bytes of device memory: as asked, or a default that `tell` hears of."""
+    if request.vram_budget_bytes is not None:
+        return request.vram_budget_bytes
+    budget = default_vram_budget(request.spec, request.workload, request.device)
+    tell(f"device memory: {format_bytes(budget)} (--vram-budget was not given)")
+    return budget
 
 
 def choose_profile(request: Request, progress: bool, tell: Tell) -> HardwareProfile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,14 +70,14 @@ def gpu_findings(found: list[Gpu]) -> list[Finding]:
     if not found:
         limit = "torch sees no CUDA device: runs use the emulated device, which shows schedules and not a GPU's speed"
         return [Finding("gpu", limit, "Install a driver and a CUDA build of torch if this machine has an NVIDIA GPU")]
-    findings = []
-    for index, gpu in enumerate(found):
-        if gpu.link_width.isdigit() and gpu.link_width_max.isdigit() and int(gpu.link_width) < int(gpu.link_width_max):
-            limit = f"GPU {index} has {gpu.link_width} of {gpu.link_width_max} PCIe lanes: weights are sent that much slower"
-            findings.append(Finding("link", limit, "Move it to a full-width slot, or free the lanes that others share"))
-        if gpu.free_bytes < 0.8 * gpu.vram_bytes:
-            limit = f"Only {gpu.free_bytes / gpu.vram_bytes:.0%} of GPU {index}'s memory is free"
-            findings.append(
-                Finding("vram", limit, "End the other programs on it, or plan with a smaller --vram-budget")
-            )
-    return findings
+    return [finding for index, gpu in enumerate(found) for finding in _limits(index, gpu)]
+
+
+def _limits(index: int, gpu: Gpu) -> Iterator[Finding]:
+    width, most = gpu.link_width, gpu.link_width_max
+    if width.isdigit() and most.isdigit() and int(width) < int(most):
+        limit = f"GPU {index} has {width} of {most} PCIe lanes: weights are sent that much slower"
+        yield Finding("link", limit, "Move it to a full-width slot, or free the lanes that others share")
+    if gpu.free_bytes < 0.8 * gpu.vram_bytes:
+        limit = f"Only {gpu.free_bytes / gpu.vram_bytes:.0%} of GPU {index}'s memory is free"
+        yield Finding("vram", limit, "End the other programs on it, or plan with a smaller --vram-budget")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from hwmodels.errors import PlanError
@@ -37,10 +38,12 @@ def measure(
     n_gen: int,
     repetitions: int,
     streamer: BaseStreamer | None = None,
+    n_depth: int = 0,
 ) -> list[Measured]:
     """Generate n_gen greedy tokens `repetitions` times; a short run before the first is not counted.
 
-    The first repetition feeds the streamer. PlanError if the prompt and n_gen pass the plan's context.
+    The first n_depth ids are in the KV cache when a run begins; the others are its prompt. The first
+    repetition feeds the streamer. PlanError if all ids and n_gen pass the plan's context.
     """
     if len(prompt_ids) + n_gen > model.plan.n_ctx:
         raise PlanError(
@@ -48,12 +51,12 @@ def measure(
             f"plan with a larger --ctx-size"
         )
     ids = torch.tensor([list(prompt_ids)], device=model.device)
-    _generate(model, ids, min(3, n_gen), None)
-    return [_once(model, ids, n_gen, streamer if i == 0 else None) for i in range(repetitions)]
+    _generate(model, ids, min(3, n_gen), None, n_depth)
+    return [_once(model, ids, n_gen, streamer if i == 0 else None, n_depth) for i in range(repetitions)]
 
 
-def _once(model: PlannedModel, ids: torch.Tensor, n_gen: int, streamer: BaseStreamer | None) -> Measured:
-    out = _generate(model, ids, n_gen, streamer)
+def _once(model: PlannedModel, ids: torch.Tensor, n_gen: int, streamer: BaseStreamer | None, n_depth: int) -> Measured:
+    out = _generate(model, ids, n_gen, streamer, n_depth)
     timeline, routing = model.last_timeline, model.last_routing
     assert timeline is not None, "generate has run"
     assert routing is not None, "generate has run"
@@ -61,7 +64,9 @@ def _once(model: PlannedModel, ids: torch.Tensor, n_gen: int, streamer: BaseStre
     return Measured(timeline.ttft_s, timeline.tpot_s, timeline, routing, tokens, model.executor.device.peak_bytes())
 
 
-def _generate(model: PlannedModel, ids: torch.Tensor, n_gen: int, streamer: BaseStreamer | None) -> torch.Tensor:
+def _generate(
+    model: PlannedModel, ids: torch.Tensor, n_gen: int, streamer: BaseStreamer | None, n_depth: int
+) -> torch.Tensor:
     # min_new_tokens keeps the length fixed: a measurement must not end at a chance end-of-text token.
     out: torch.Tensor = model.generate(
         ids,
@@ -70,9 +75,18 @@ def _generate(model: PlannedModel, ids: torch.Tensor, n_gen: int, streamer: Base
         min_new_tokens=n_gen,
         do_sample=False,
         streamer=streamer,
+        past_key_values=_cache(model, ids[:, :n_depth]) if n_depth else None,
         pad_token_id=model.generation_config.pad_token_id or 0,
     )
     return out
+
+
+def _cache(model: PlannedModel, ids: torch.Tensor) -> DynamicCache:
+    """KV cache that holds some tokens."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
 
 
 def median_run(runs: Sequence[Measured]) -> Measured:

@@ -138,7 +138,7 @@ COMMANDS = (
         (
             o.CHECKPOINT,
             replace(o.PLAN, help="plan files to measure, comma list", parse=values.paths, shown="", metavar="FILES"),
-            replace(o.POLICIES, help="or the rules that make the plans, comma list, or all", shown="auto, without --plan"),
+            replace(o.POLICIES, help="or rules that make the plans, comma list, or all", shown="auto, without --plan"),
             o.OWN_HARDWARE,
             o.N_PROMPT,
             o.N_GEN,
@@ -166,13 +166,16 @@ COMMANDS = (
             replace(o.CHECKPOINTS, required=False, shown="none: give this or --demo"),
             Option(("--demo",), "use two small models, which are written first", None, False),
             o.RUN_VRAM_BUDGET,
-            replace(o.POLICIES, help="baselines to run, comma list", shown="all that fit"),
-            Option(("--top",), "plans of the search to run, best first", values.count, 5, metavar="N"),
+            replace(
+                o.POLICIES, help="rules whose plans run, comma list, or all", shown="auto, scheinfer and four baselines"
+            ),
             replace(o.N_PROMPT, default=128),
             replace(o.N_GEN, default=32),
             replace(o.REPETITIONS, default=3),
             o.DEVICE,
+            o.THREADS,
             o.QUICK,
+            Option(("--fresh",), "calibrate anew, cached profiles or not", None, False),
             out("folder of the report", required=True),
         ),
     ),

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from hwmodels.errors import ExecutionError, ScheInferError
 from runtime.cli.commands import COMMANDS, Command
-from runtime.cli.options import DEBUG, Option
+from runtime.cli.options import Option
 
 DONE, FAILED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 _EPILOG = (
@@ -93,8 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"scheinfer {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     for command in COMMANDS:
+        about = _capital(command.summary)
         sub = commands.add_parser(
-            command.name, help=command.summary, description=_capital(command.summary), epilog=_EPILOG, allow_abbrev=False
+            command.name,
+            help=command.summary,
+            description=about,
+            epilog=_EPILOG,
+            allow_abbrev=False,
         )
         for option in command.all_options:
             _add(sub, option)

@@ -77,8 +77,12 @@ def hardware(flags: Namespace) -> None:
         emit(flags, [_profile_row(name) for name in hardware_names()], profile_rows.LIST_COLUMNS)
         return
     profile = find_hardware(flags.name)
-    say(flags, "\n".join([f"{profile.name} ({profile.id}), {profile.device} device, {profile.created}", *profile.notes]))
+    say(flags, "\n".join([_heading(profile), *profile.notes]))
     emit(flags, profile_rows.figure_rows(profile), profile_rows.COLUMNS)
+
+
+def _heading(profile: HardwareProfile) -> str:
+    return f"{profile.name} ({profile.id}), {profile.device} device, {profile.created}"
 
 
 def _profile_row(name: str) -> Row:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+
 from hwmodels.units import format_bytes, format_number
 from runtime.cli.table import Row, key, quantity
 from sim.model import ModelSpec
@@ -15,60 +17,59 @@ COLUMNS = (
 )
 
 
-def part_rows(spec: ModelSpec) -> list[Row]:
-    """Embedding, attention, MLPs, head, all together, and the KV cache of one token.
+@dataclass(frozen=True)
+class Part:
+    """Bytes held, and bytes read and FLOPs done by one decode step at the start of a text."""
 
-    Per token means one decode step at depth 1 with one sequence: every weight that such a step reads.
-    """
-    layers = range(spec.n_layers)
-    attention = [spec.attention_work(i, 1, 1) for i in layers]
-    top_k = [spec.layers[i].ffn.top_k for i in layers]
-    ffn = [spec.ffn_work(i, 1, spec.layers[i].ffn.columns) for i in layers]
-    rows = [
-        _row("embedding", spec.embed_bytes, spec.d_model * spec.dtype_bytes, 0.0, _tied(spec)),
-        _row(
-            "attention, norms, router, shared experts",
-            sum(spec.rest_bytes(i) for i in layers),
-            sum(w.weight_bytes for w in attention),
-            sum(w.flops for w in attention),
-            f"{spec.n_layers} layers",
-        ),
-        _row(
-            "MLPs",
-            sum(spec.ffn_bytes(i) for i in layers),
-            sum(k * w.weight_bytes for k, w in zip(top_k, ffn, strict=True)),
-            sum(k * w.flops for k, w in zip(top_k, ffn, strict=True)),
-            _mlps(spec),
-        ),
-        _row("head", spec.head_bytes, spec.head_bytes, spec.head_work(1).flops, ""),
+    part: str
+    bytes: float
+    bytes_per_token: float
+    flops_per_token: float
+    note: str = ""
+
+
+def part_rows(spec: ModelSpec) -> list[Row]:
+    """Embedding, attention, MLPs, head, all together, and the KV cache of one token."""
+    parts = [
+        Part("embedding", spec.embed_bytes, spec.d_model * spec.dtype_bytes, 0.0, _tied(spec)),
+        _attention(spec),
+        _mlps(spec),
+        Part("head", spec.head_bytes, spec.head_bytes, spec.head_work(1).flops),
     ]
-    total = _row(
+    total = Part(
         "all",
         spec.weight_bytes,
-        sum(float(str(row["bytes_per_token"])) for row in rows),
-        sum(float(str(row["flops_per_token"])) for row in rows),
+        sum(part.bytes_per_token for part in parts),
+        sum(part.flops_per_token for part in parts),
         f"{spec.n_params / 1e9:.3g} billion parameters, {spec.dtype}, {spec.max_positions} positions",
     )
-    kv_bytes = sum(spec.kv_bytes(i, 1) for i in layers)
-    return [*rows, total, _row("KV cache of a token", kv_bytes, 0.0, 0.0, "")]
-
-
-def _row(part: str, n_bytes: float, bytes_per_token: float, flops_per_token: float, remark: str) -> Row:
-    return {
-        "part": part,
-        "bytes": n_bytes,
-        "bytes_per_token": bytes_per_token,
-        "flops_per_token": flops_per_token,
-        "note": remark,
-    }
+    kv_bytes = sum(spec.kv_bytes(i, 1) for i in range(spec.n_layers))
+    return [asdict(part) for part in (*parts, total, Part("KV cache of a token", kv_bytes, 0.0, 0.0))]
 
 
 def _tied(spec: ModelSpec) -> str:
     return "shared with the head" if spec.tied_embeddings else ""
 
 
-def _mlps(spec: ModelSpec) -> str:
+def _attention(spec: ModelSpec) -> Part:
+    works = [spec.attention_work(i, 1, 1) for i in range(spec.n_layers)]
+    return Part(
+        "attention, norms, router, shared experts",
+        sum(spec.rest_bytes(i) for i in range(spec.n_layers)),
+        sum(work.weight_bytes for work in works),
+        sum(work.flops for work in works),
+        f"{spec.n_layers} layers",
+    )
+
+
+def _mlps(spec: ModelSpec) -> Part:
+    works = [(layer.ffn.top_k, spec.ffn_work(i, 1, layer.ffn.columns)) for i, layer in enumerate(spec.layers)]
     widest = max((layer.ffn for layer in spec.layers), key=lambda ffn: ffn.n_experts)
-    if not widest.is_moe:
-        return f"dense, {widest.columns} columns"
-    return f"{widest.n_experts} experts of {widest.columns} columns, {widest.top_k} per token"
+    experts = f"{widest.n_experts} experts of {widest.columns} columns, {widest.top_k} per token"
+    return Part(
+        "MLPs",
+        sum(spec.ffn_bytes(i) for i in range(spec.n_layers)),
+        sum(top_k * work.weight_bytes for top_k, work in works),
+        sum(top_k * work.flops for top_k, work in works),
+        experts if widest.is_moe else f"dense, {widest.columns} columns",
+    )

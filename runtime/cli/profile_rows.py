@@ -23,7 +23,9 @@ def figure_rows(profile: HardwareProfile) -> list[Row]:
     rows += [_row("hand-off", pair, s * 1e6, "µs", source) for pair, s in profile.handoff_s.items()]
     for entry in profile.contention:
         together = "+".join(entry.active)
-        rows += [_row("contention", f"{name} beside {together}", r, "of alone", entry.source) for name, r in entry.rate.items()]
+        rows += [
+            _row("contention", f"{name} in {together}", r, "of alone", entry.source) for name, r in entry.rate.items()
+        ]
     return rows
 
 
@@ -54,4 +56,3 @@ def _curve(curve: Curve) -> Row:
     if curve.source == "measured":
         label += f", spread {scatter:.0%}"
     return _row(curve.resource, label, fastest / 1e9, "GB/s at best", curve.source)
-

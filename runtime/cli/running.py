@@ -18,7 +18,7 @@ from runtime.autoplan import Request, choose_plan
 from runtime.cli.console import emit, note
 from runtime.cli.files import check_file, write_whole
 from runtime.resolve import check_context, resolve_folder, resolve_model
-from runtime.rows import measured_row
+from runtime.rows import Speeds, measured_row
 from runtime.session import PlannedModel, load_planned
 from runtime.tokens import IdStreamer, decode, load_tokenizer, prompt_ids
 from sim.model import ModelSpec
@@ -101,7 +101,7 @@ def generate(flags: Namespace) -> None:
         streamer = _streamer(source.tokenizer) if flags.output == "md" else None
         new_ids = complete(model, ids, flags, streamer)
         _save_traces(flags, model)
-        _report(flags, source, model, Workload(len(ids), len(new_ids), n_depth=0), new_ids)
+        _report(flags, source, model, Workload(len(ids), len(new_ids)), new_ids)
     finally:
         model.close()
 
@@ -140,9 +140,7 @@ def _streamer(tokenizer: PreTrainedTokenizerBase | None) -> BaseStreamer:
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
 
 
-def complete(
-    model: PlannedModel, ids: Sequence[int], flags: Namespace, streamer: BaseStreamer | None
-) -> list[int]:
+def complete(model: PlannedModel, ids: Sequence[int], flags: Namespace, streamer: BaseStreamer | None) -> list[int]:
     """New token ids after a prompt, at the temperature and seed of the flags."""
     torch.manual_seed(flags.seed)
     tokens = torch.tensor([list(ids)], device=model.device)
@@ -160,7 +158,8 @@ def complete(
 
 def _save_traces(flags: Namespace, model: PlannedModel) -> None:
     timeline, routing = model.last_timeline, model.last_routing
-    assert timeline is not None and routing is not None, "generate has run"
+    assert timeline is not None, "generate has run"
+    assert routing is not None, "generate has run"
     if flags.trace is not None:
         timeline.save_chrome_trace(flags.trace)
         note(flags, f"wrote {flags.trace}; open it in ui.perfetto.dev, or compare it with a simulated one")
@@ -172,17 +171,25 @@ def _save_traces(flags: Namespace, model: PlannedModel) -> None:
 def _report(flags: Namespace, source: Source, model: PlannedModel, workload: Workload, new_ids: list[int]) -> None:
     timeline = model.last_timeline
     assert timeline is not None, "generate has run"
-    row = measured_row(source.spec, model.plan, workload, timeline, model.executor.device.kind)
-    note(flags, timings(row, model.executor.device.peak_bytes()))
+    note(flags, timings(model, workload))
     if flags.output != "md":
+        device = model.executor.device.kind
+        row = measured_row(source.spec, model.plan, workload, [timeline], timeline, device)
         emit(flags, [{**row, "text": decode(new_ids, source.tokenizer)}], [])
 
 
-def timings(row: dict[str, object], peak_bytes: int) -> str:
-    """One line of speed for people, of a measured row."""
-    ttft_s, tpot_s = float(str(row["ttft_s"])), float(str(row["tpot_s"]))
-    prefill, decoded = float(str(row["prefill_tok_s"])), float(str(row["decode_tok_s"]))
-    text = f"prompt {row['n_prompt']} tokens in {format_seconds(ttft_s)} ({format_number(prefill)} tok/s)"
-    if decoded > 0:
-        text += f", {row['n_gen']} generated at {format_seconds(tpot_s)} each ({format_number(decoded)} tok/s)"
-    return f"{text}; policy {row['policy']} on the {row['device']} device, {format_bytes(peak_bytes)} of its memory"
+def timings(model: PlannedModel, workload: Workload) -> str:
+    """One line of speed for people, of the model's last run."""
+    timeline, device = model.last_timeline, model.executor.device
+    assert timeline is not None, "generate has run"
+    speeds = Speeds.of(timeline, workload)
+    text = (
+        f"prompt: {workload.n_prompt} tokens in {format_seconds(speeds.ttft_s)} "
+        f"({format_number(speeds.prefill_tok_s)} tok/s)"
+    )
+    if speeds.decode_tok_s > 0:
+        text += (
+            f"; generated: {workload.n_gen} at {format_seconds(speeds.tpot_s)} each "
+            f"({format_number(speeds.decode_tok_s)} tok/s)"
+        )
+    return f"{text}; {model.plan.policy} on the {device.kind} device, {format_bytes(device.peak_bytes())} of its memory"

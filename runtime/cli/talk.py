@@ -9,9 +9,8 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from hwmodels.errors import CheckpointError, FormatError
 from runtime.cli.console import note
-from runtime.cli.running import Source, complete, load, open_source, timings
+from runtime.cli.running import complete, load, open_source, timings
 from runtime.resolve import check_context
-from runtime.rows import measured_row
 from runtime.session import PlannedModel
 from runtime.tokens import decode
 from sim.workload import Workload
@@ -27,7 +26,7 @@ def chat(flags: Namespace) -> None:
     source = open_source(flags)
     tokenizer = source.tokenizer
     if tokenizer is None:
-        raise CheckpointError(f"{source.folder}: no tokenizer in it; chat needs one. scheinfer generate takes token ids")
+        raise CheckpointError(f"{source.folder}: no tokenizer, chat needs one; scheinfer generate takes token ids")
     n_ctx = min(flags.ctx_size, source.spec.max_positions)
     if n_ctx < flags.n_gen + _LEAST_PROMPT:
         raise FormatError(
@@ -39,14 +38,12 @@ def chat(flags: Namespace) -> None:
     check_context(source.spec, workload)
     model = load(flags, source, workload)
     try:
-        _converse(flags, source, tokenizer, model, n_ctx - flags.n_gen)
+        _converse(flags, tokenizer, model, n_ctx - flags.n_gen)
     finally:
         model.close()
 
 
-def _converse(
-    flags: Namespace, source: Source, tokenizer: PreTrainedTokenizerBase, model: PlannedModel, most_prompt: int
-) -> None:
+def _converse(flags: Namespace, tokenizer: PreTrainedTokenizerBase, model: PlannedModel, most_prompt: int) -> None:
     note(flags, HELP)
     messages: list[Message] = []
     while (line := _read_line(flags)) is not None:
@@ -59,7 +56,7 @@ def _converse(
             note(flags, HELP if line == "!help" else f"{line} is not known. {HELP}")
         elif line:
             messages.append({"role": "user", "content": line})
-            answer = _answer(flags, source, tokenizer, model, messages, most_prompt)
+            answer = _answer(flags, tokenizer, model, messages, most_prompt)
             messages.append({"role": "assistant", "content": answer})
 
 
@@ -77,7 +74,6 @@ def _read_line(flags: Namespace) -> str | None:
 
 def _answer(
     flags: Namespace,
-    source: Source,
     tokenizer: PreTrainedTokenizerBase,
     model: PlannedModel,
     messages: list[Message],
@@ -90,12 +86,7 @@ def _answer(
     except KeyboardInterrupt:
         note(flags, "\nstopped")
         return ""
-    timeline = model.last_timeline
-    assert timeline is not None, "generate has run"
-    row = measured_row(
-        source.spec, model.plan, Workload(len(ids), len(new_ids)), timeline, model.executor.device.kind
-    )
-    note(flags, timings(row, model.executor.device.peak_bytes()))
+    note(flags, timings(model, Workload(len(ids), len(new_ids))))
     return decode(new_ids, tokenizer)
 
 
