@@ -35,7 +35,7 @@ from hwmodels.schema import check_header, read_json, write_json
 from runtime.checkpoint import Checkpoint
 
 SCHEMA = "scheinfer.demo"
-VERSION = 1
+VERSION = 2
 MARKER = "scheinfer-demo.json"
 SPECIAL = ("<pad>", "<s>", "</s>")
 VOCAB = 4096
@@ -60,9 +60,9 @@ class Demo:
 def _mixtral(vocab: int) -> PreTrainedConfig:
     return MixtralConfig(
         vocab_size=vocab,
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=6,
+        hidden_size=1024,
+        intermediate_size=896,
+        num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=2,
         num_local_experts=8,
@@ -77,7 +77,7 @@ def _llama(vocab: int) -> PreTrainedConfig:
         vocab_size=vocab,
         hidden_size=768,
         intermediate_size=3072,
-        num_hidden_layers=8,
+        num_hidden_layers=6,
         num_attention_heads=12,
         num_key_value_heads=12,
         max_position_embeddings=4096,
