@@ -11,7 +11,7 @@ from hwmodels.machine import differences, fingerprint
 from hwmodels.profile import HardwareProfile
 from hwmodels.units import format_bytes
 from runtime.budget import default_vram_budget
-from runtime.cache import cached_profile
+from runtime.cache import cached_profile, profile_path
 from runtime.devices import device_name
 from sim import planner
 from sim.model import ModelSpec
@@ -72,9 +72,7 @@ def choose_budget(request: Request, tell: Tell) -> int:
 def choose_profile(request: Request, progress: bool, tell: Tell) -> HardwareProfile:
     """The profile that was named, or this machine's; a profile of another machine is not used in silence."""
     if request.hardware is None:
-        profile = cached_profile(
-            request.folder, request.device, quick=True, cpu_threads=request.cpu_threads, progress=progress
-        )
+        profile = _own_profile(request, progress)
     else:
         profile = hardware(request.hardware)
         for warning in mismatches(profile, request.device):
@@ -82,6 +80,13 @@ def choose_profile(request: Request, progress: bool, tell: Tell) -> HardwareProf
     if request.host_budget_bytes is not None:
         profile = profile.with_(host_bytes=request.host_budget_bytes)
     return profile
+
+
+def _own_profile(request: Request, progress: bool) -> HardwareProfile:
+    """The thorough calibration if it is cached, else the quick one, measured now if need be."""
+    folder, device, threads, dtype = request.folder, request.device, request.cpu_threads, request.spec.dtype
+    quick = not profile_path(folder, device, False, threads, dtype).is_file()
+    return cached_profile(folder, device, quick, threads, progress, dtype=dtype)
 
 
 def mismatches(profile: HardwareProfile, device: str) -> list[str]:

@@ -17,12 +17,12 @@ from runtime.devices import device_name
 from sim.model import load_model
 
 
-def profile_path(folder: Path, device: str, quick: bool, cpu_threads: int | None) -> Path:
+def profile_path(folder: Path, device: str, quick: bool, cpu_threads: int | None, dtype: str = "auto") -> Path:
     """Where the profile of this machine for a model's shapes is kept.
 
     The name carries what the measurement depends on; another CPU, GPU, torch or shape is another file.
     """
-    spec, name = load_model(folder), device_name(device)
+    spec, name = load_model(folder, dtype), device_name(device)
     machine = {k: fingerprint().get(k, "") for k in ("cpu", "cores")}
     gpu = torch.cuda.get_device_name(name) if name != "emulated" else ""
     cores = sorted(os.sched_getaffinity(0))
@@ -37,14 +37,15 @@ def cached_profile(
     cpu_threads: int | None = None,
     progress: bool = True,
     fresh: bool = False,
+    dtype: str = "auto",
 ) -> HardwareProfile:
     """The cached profile, or a new calibration that is then kept; a damaged file is measured anew."""
-    path = profile_path(folder, device, quick, cpu_threads)
+    path = profile_path(folder, device, quick, cpu_threads, dtype)
     if path.is_file() and not fresh:
         try:
             return load_profile(path)
         except FormatError:
             path.unlink()
-    profile = calibrate(folder, device, quick, cpu_threads, progress)
+    profile = calibrate(folder, device, quick, cpu_threads, progress, dtype)
     profile.save(path)
     return profile

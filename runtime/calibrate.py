@@ -68,13 +68,15 @@ def calibrate(
     quick: bool = False,
     cpu_threads: int | None = None,
     progress: bool = True,
+    dtype: str = "auto",
 ) -> HardwareProfile:
     """Measure this machine for the shapes of a checkpoint's config (None: a small Llama's).
 
-    Takes under a minute with quick. Raises ModelError for a config that is not supported, PlanError for
-    a device that is not here.
+    Takes under a minute with quick. dtype is the config's unless given. Raises ModelError for a config
+    that is not supported, PlanError for a device that is not here.
     """
     config = dict(read_config(folder)) if folder is not None else dict(DEFAULT_CONFIG)
+    config |= {"dtype": dtype} if dtype != "auto" else {}
     name = folder.name if folder is not None else "default-shape"
     spec, device = from_config(config, name), device_name(device)
     grid = _within(QUICK if quick else FULL, spec)

@@ -46,6 +46,7 @@ COMMANDS = (
             replace(o.CHECKPOINT, required=False, help="checkpoint whose shapes are measured", shown="a small Llama's"),
             o.QUICK,
             o.DEVICE,
+            o.DTYPE,
             o.THREADS,
             out("profile file to write", required=True),
         ),

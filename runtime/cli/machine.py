@@ -41,8 +41,12 @@ def doctor(flags: Namespace) -> None:
         rows.append(_fact(f"cuda:{index} link", gpu.link))
         rows.append(_fact(f"cuda:{index} driver", gpu.driver or "unknown"))
     rows += [_fact(name, version) for name, version in versions().items()]
-    rows += [_limit(finding) for finding in [*findings(machine), *gpu_findings(devices)]]
-    emit(flags, rows, (key("kind"), key("name"), key("value"), key("fix", "what to do")))
+    limits = [_limit(finding) for finding in [*findings(machine), *gpu_findings(devices)]]
+    if flags.output != "md":
+        emit(flags, [*rows, *limits], ())
+        return
+    emit(flags, rows, (key("name"), key("value")))
+    say(flags, "\n".join(["", "What limits it:", *(f"- {row['value']}. {row['fix']}." for row in limits)]))
 
 
 def _fact(name: str, value: str) -> Row:
@@ -59,10 +63,15 @@ def _limit(finding: Finding) -> Row:
 def calibrate(flags: Namespace) -> None:
     """Measure this machine and write its profile."""
     check_file(flags.out)
-    folder = resolve_folder(flags.model) if flags.model is not None else None
+    from runtime.cache import cached_profile
     from runtime.calibrate import calibrate as measure
 
-    profile = measure(folder, flags.device, flags.quick, flags.threads, progress=not flags.quiet)
+    progress = not flags.quiet
+    if flags.model is None:
+        profile = measure(None, flags.device, flags.quick, flags.threads, progress, flags.dtype)
+    else:
+        folder = resolve_folder(flags.model)
+        profile = cached_profile(folder, flags.device, flags.quick, flags.threads, progress, True, flags.dtype)
     profile.save(flags.out)
     note(flags, f"wrote {flags.out}: profile {profile.name} ({profile.id}) of the {profile.device} device")
     emit(flags, profile_rows.figure_rows(profile), profile_rows.COLUMNS)
