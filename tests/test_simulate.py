@@ -221,6 +221,13 @@ def test_a_forecast_is_within_one_percent_of_simulating_every_step(name: str) ->
     assert median(errors) < 0.002
 
 
+def test_a_forecast_of_many_sequences_is_within_three_percent() -> None:
+    # 16 tokens per expert on average, and experts are sent from 20 on: the hardest case known
+    workload = Workload(n_prompt=4, n_gen=33, batch=64)
+    whole, quick = (run(mixtral(), PLANS["whole experts"], REALISTIC, workload) for run in (simulate, forecast))
+    assert quick.tpot_s == pytest.approx(whole.tpot_s, rel=0.03)
+
+
 @pytest.mark.parametrize("n_gen", [1, 2, 5, 9])
 def test_a_forecast_of_few_tokens_is_exact(n_gen: int) -> None:
     workload = Workload(16, n_gen)
