@@ -170,18 +170,20 @@ def routed_mlp_s(
     layer: int,
     routing: Routing,
     sendings: Sequence[Sending],
-    slowed: Slowdown | None = None,
-) -> Seconds:
+    slowed: Slowdown | None,
+) -> tuple[Seconds, Seconds]:
     """Seconds from the end of attention to the end of the join, [u, s], where nothing is sent ahead.
 
-    Everything that such a layer starts ends before its join does, so layers add up. The loop follows
-    sim.compile's issue order: sends through the slots, each followed by its cg; the CPU's part beside.
+    Without contention, and estimated with it. Everything that such a layer starts ends before its join
+    does, so layers add up. The loop follows sim.compile's issue order: sends through the slots, each
+    followed by its cg; the CPU's part beside.
     """
     run = _RoutedLayer(prices, filling, layer, routing, sendings)
+    alone_s = run.go(run.cc_s, np.ones(run.shape), np.ones(run.shape))
     if slowed is None:
-        return run.go(run.cc_s, np.ones(run.shape), np.ones(run.shape))
+        return alone_s, alone_s
     cc_s, gpu_s, send_s = slowed.beside(run.cc_s, run.gpu_s, run.sends_s)
-    return run.go(cc_s, factor(gpu_s, run.gpu_s), factor(send_s, run.sends_s))
+    return alone_s, run.go(cc_s, factor(gpu_s, run.gpu_s), factor(send_s, run.sends_s))
 
 
 def factor(slowed_s: Seconds, alone_s: Seconds) -> Seconds:

@@ -13,6 +13,8 @@ Large spaces are searched in steps first and finely around the best afterwards.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,16 +31,20 @@ from sim.space import Branch, Space, around, coarse, finer, slot_bytes
 from sim.steptime import StepTimes
 from sim.workload import Step, Workload
 
-MOST_SIMULATED = 12
+MOST_SIMULATED = 6
 _KEPT_PER_BRANCH, _REFINED = 64, 3
 _EQUAL = 1 - 1e-9  # times that differ by less differ by rounding
 
 
 @dataclass(frozen=True)
 class Found:
-    """The best plan of a search, its seconds by the reference engine, and what happened to all candidates."""
+    """The best plan of a search, its seconds by the reference engine, and what happened to all candidates.
+
+    winners are the best plans after each of the spaces searched; the last of them is plan.
+    """
 
     plan: Plan
+    winners: tuple[Plan, ...]
     total_s: float
     n_candidates: int
     n_pruned: int
@@ -56,92 +62,98 @@ class _Candidate:
     estimate_s: float
 
 
-@dataclass(frozen=True)
-class _Times:
-    """Seconds of a whole generation, [level, decode, prompt]; infinite where memory does not suffice."""
-
-    bound_s: Seconds
-    estimate_s: Seconds
-
-
 def search(
-    problem: Problem, policy: str, space: Space, contention: bool = True, most_simulated: int = MOST_SIMULATED
-) -> Found:
-    """The best plan of a space. Raises PlanError if none fits."""
-    pricer = _Pricer(problem, slowdown(problem.profile) if contention else None)
-    blocks: list[Seconds] = []
-    best: list[_Candidate] = []
-    for part in space.branches:
-        _consider(pricer, coarse(problem, space, part), space.decode, space.prompt, blocks, best)
-    if not best:
-        raise PlanError(f"{policy}: no placement fits into the budget beside what it needs on the device")
-    if any(len(coarse(problem, space, part).levels) < len(part.levels) for part in space.branches):
-        for near in _best_branches(best):
-            part = next(b for b in space.branches if b.filling is near.branch.filling)
-            fine = around(part, near.level)
-            _consider(pricer, fine, finer(problem, near.decode), finer(problem, near.prompt), blocks, best)
-    return _simulate(problem, policy, sorted(best, key=lambda c: c.estimate_s), blocks, contention, most_simulated)
-
-
-def _best_branches(best: list[_Candidate]) -> list[_Candidate]:
-    """The best candidate of each of the best branches."""
-    found: dict[int, _Candidate] = {}
-    for candidate in sorted(best, key=lambda c: c.estimate_s):
-        found.setdefault(id(candidate.branch.filling), candidate)
-    return list(found.values())[:_REFINED]
-
-
-def _consider(
-    pricer: _Pricer,
-    part: Branch,
-    decode: tuple[Sending, ...],
-    prompt: tuple[Sending, ...],
-    blocks: list[Seconds],
-    best: list[_Candidate],
-) -> None:
-    """Time all candidates of a branch; append their bounds to `blocks` and the most promising to `best`."""
-    times = pricer.times(part, decode, prompt)
-    blocks.append(times.bound_s[np.isfinite(times.bound_s)])
-    flat = times.estimate_s.ravel()
-    chosen = np.argsort(flat, kind="stable")[:_KEPT_PER_BRANCH]
-    for k in chosen[np.isfinite(flat[chosen])]:
-        level, d, p = np.unravel_index(k, times.estimate_s.shape)
-        bound_s = float(times.bound_s[level, d, p])
-        best.append(
-            _Candidate(
-                part, int(part.levels[level]), decode[d], prompt[p], bound_s, float(times.estimate_s[level, d, p])
-            )
-        )
-
-
-def _simulate(
     problem: Problem,
     policy: str,
-    ranked: list[_Candidate],
-    blocks: list[Seconds],
-    contention: bool,
-    most_simulated: int,
+    spaces: Sequence[Space],
+    contention: bool = True,
+    most_simulated: int = MOST_SIMULATED,
 ) -> Found:
-    reference = _Reference(problem, contention)
-    best: tuple[float, Plan] | None = None
-    seen: set[str] = set()
-    for candidate in ranked:
-        if best is not None and candidate.bound_s >= best[0] * _EQUAL:
-            continue
-        plan = _plan(problem, policy, candidate)
-        if plan.id in seen:
-            continue
-        if len(seen) == most_simulated:
-            break
-        seen.add(plan.id)
-        seconds = reference.total_s(plan)
-        if best is None or seconds < best[0] * _EQUAL:
-            best = seconds, plan
-    assert best is not None
-    bounds = np.concatenate(blocks)
-    n_below = int((bounds < best[0] * _EQUAL).sum())
-    n_left = max(0, n_below - len(seen))
-    return Found(problem.checked(best[1]), best[0], len(bounds), len(bounds) - n_left - len(seen), len(seen), n_left)
+    """The best plan of several spaces, of each of which most_simulated plans are simulated at most.
+
+    Raises PlanError if no candidate fits.
+    """
+    run = _Search(problem, policy, contention)
+    for space in spaces:
+        run.consider(space)
+        run.simulate(most_simulated)
+        run.winners += [run.best] if run.best is not None else []
+    return run.found()
+
+
+class _Search:
+    """Candidates so far and the best plan simulated so far."""
+
+    def __init__(self, problem: Problem, policy: str, contention: bool) -> None:
+        self.problem, self.policy = problem, policy
+        self.pricer = _Pricer(problem, slowdown(problem.profile) if contention else None)
+        self.reference = _Reference(problem, contention)
+        self.bounds: list[Seconds] = []
+        self.promising: list[_Candidate] = []
+        self.simulated: set[str] = set()
+        self.best_s = math.inf
+        self.best: Plan | None = None
+        self.winners: list[Plan] = []
+
+    def consider(self, space: Space) -> None:
+        """Time all candidates of a space: in steps, then finely around the best."""
+        found: list[_Candidate] = []
+        rough = [coarse(self.problem, space, part) for part in space.branches]
+        for part in rough:
+            found += self._time(part, space.decode, space.prompt)
+        if any(len(few.levels) < len(part.levels) for few, part in zip(rough, space.branches, strict=True)):
+            for near in _best_branches(found):
+                part = next(b for b in space.branches if b.filling is near.branch.filling)
+                decode, prompt = finer(self.problem, near.decode), finer(self.problem, near.prompt)
+                found += self._time(around(part, near.level), decode, prompt)
+        self.promising += found
+
+    def _time(self, part: Branch, decode: tuple[Sending, ...], prompt: tuple[Sending, ...]) -> list[_Candidate]:
+        """The most promising candidates of a branch; the bounds of all are kept."""
+        bound_s, estimate_s = self.pricer.times(part, decode, prompt)
+        self.bounds.append(bound_s[np.isfinite(bound_s)])
+        flat = estimate_s.ravel()
+        chosen = np.argsort(flat, kind="stable")[:_KEPT_PER_BRANCH]
+        found = []
+        for k in chosen[np.isfinite(flat[chosen])]:
+            i, d, p = np.unravel_index(k, estimate_s.shape)
+            times = float(bound_s[i, d, p]), float(flat[k])
+            found.append(_Candidate(part, int(part.levels[i]), decode[d], prompt[p], *times))
+        return found
+
+    def simulate(self, most: int) -> None:
+        """Simulate the most promising candidates, at most so many, that may beat the best so far."""
+        n_before = len(self.simulated)
+        for candidate in sorted(self.promising, key=lambda c: c.estimate_s):
+            if candidate.bound_s >= self.best_s * _EQUAL:
+                continue
+            plan = _plan(self.problem, self.policy, candidate)
+            if plan.id in self.simulated:
+                continue
+            if len(self.simulated) - n_before == most:
+                break
+            self.simulated.add(plan.id)
+            seconds = self.reference.total_s(plan)
+            if seconds < self.best_s * _EQUAL:
+                self.best_s, self.best = seconds, plan
+
+    def found(self) -> Found:
+        """The best plan, checked, and the counts."""
+        if self.best is None:
+            raise PlanError(f"{self.policy}: no placement fits into the budget beside attention, KV cache and slots")
+        bounds, n_simulated = np.concatenate(self.bounds), len(self.simulated)
+        n_left = max(0, int((bounds < self.best_s * _EQUAL).sum()) - n_simulated)
+        n_pruned = len(bounds) - n_left - n_simulated
+        plan, winners = self.problem.checked(self.best), tuple(dict.fromkeys(self.winners))
+        return Found(plan, winners, self.best_s, len(bounds), n_pruned, n_simulated, n_left)
+
+
+def _best_branches(candidates: list[_Candidate]) -> list[_Candidate]:
+    """The best candidate of each of the best branches."""
+    found: dict[int, _Candidate] = {}
+    for candidate in sorted(candidates, key=lambda c: c.estimate_s):
+        found.setdefault(id(candidate.branch.filling), candidate)
+    return list(found.values())[:_REFINED]
 
 
 class _Reference:
@@ -179,45 +191,37 @@ class _Pricer:
     """Times of candidates of one problem; steps and tables are made once."""
 
     def __init__(self, problem: Problem, slowed: Slowdown | None) -> None:
-        self.problem = problem
-        self.bound = self._steps(None)
-        self.estimate = self._steps(slowed) if slowed is not None else self.bound
-
-    def _steps(self, slowed: Slowdown | None) -> list[tuple[float, StepTimes]]:
-        spec, where = self.problem.spec, routing_of(self.problem.spec, self.problem.workload)
-        prices = Prices(spec, self.problem.profile)
-        return [
+        self.problem, self.slowed = problem, slowed
+        spec, where = problem.spec, routing_of(problem.spec, problem.workload)
+        prices = Prices(spec, problem.profile)
+        self.steps = [
             (count, StepTimes(prices, step, tuple(where(step, la) for la in range(spec.n_layers)), slowed))
-            for count, step in _counted_steps(self.problem.workload)
+            for count, step in _counted_steps(problem.workload)
         ]
 
-    def times(self, part: Branch, decode: tuple[Sending, ...], prompt: tuple[Sending, ...]) -> _Times:
-        """Bounds and estimates of all candidates of a branch."""
+    def times(self, part: Branch, decode: tuple[Sending, ...], prompt: tuple[Sending, ...]) -> tuple[Seconds, Seconds]:
+        """Bounds and estimates of a generation's seconds, [level, decode, prompt]; infinite without the memory."""
         problem = self.problem
         slots = np.maximum(
             slot_bytes(problem, part.filling, part.levels, decode)[:, :, None],
             slot_bytes(problem, part.filling, part.levels, prompt)[:, None, :],
         )
         need = (part.fixed_bytes + part.filling.bytes_of[part.levels])[:, None, None] + slots
-        bound_s = np.where(need <= problem.vram_budget_bytes, self._total(self.bound, part, decode, prompt), np.inf)
-        if self.estimate is self.bound:
-            return _Times(bound_s, bound_s)
-        return _Times(bound_s, np.where(np.isfinite(bound_s), self._total(self.estimate, part, decode, prompt), np.inf))
+        fits = need <= problem.vram_budget_bytes
+        bound_s = np.where(fits, self._total(part, decode, prompt, False), np.inf)
+        return bound_s, np.where(fits, self._total(part, decode, prompt, True), np.inf) if self.slowed else bound_s
 
     def _total(
-        self,
-        steps: list[tuple[float, StepTimes]],
-        part: Branch,
-        decode: tuple[Sending, ...],
-        prompt: tuple[Sending, ...],
+        self, part: Branch, decode: tuple[Sending, ...], prompt: tuple[Sending, ...], contended: bool
     ) -> Seconds:
-        (_, prefill), *others = steps
+        (_, prefill), *others = self.steps
+        branch = part.filling, part.ends, part.levels
         if self.problem.workload.n_prompt == 1:  # a prompt of one token per sequence is a decode step
-            total = prefill.seconds(part.filling, part.ends, part.levels, decode)[:, :, None]
+            total = prefill.seconds(*branch, decode, contended)[:, :, None]
         else:
-            total = prefill.seconds(part.filling, part.ends, part.levels, prompt)[:, None, :]
+            total = prefill.seconds(*branch, prompt, contended)[:, None, :]
         for count, step in others:
-            total = total + count * step.seconds(part.filling, part.ends, part.levels, decode)[:, :, None]
+            total = total + count * step.seconds(*branch, decode, contended)[:, :, None]
         return total
 
 

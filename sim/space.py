@@ -40,27 +40,33 @@ class Space:
 
 def paper_space(problem: Problem) -> Space:
     """What the paper cuts: every MLP alike, by columns or by whole experts, attention on the device."""
-    units: tuple[Unit, ...] = ("columns", "experts") if problem.spec.is_moe else ("columns",)
-    branches = [branch(problem, Filling(problem.spec, problem.workload, unit, "even"), "GPU") for unit in units]
-    return _space(problem, branches)
+    return _space(problem, [(unit, "even", 0, "GPU") for unit in _units(problem)])
 
 
-def whole_space(problem: Problem) -> Space:
-    """Also layers cut unlike each other, layers that live on the CPU, and embedding and head on the CPU."""
-    spec, workload = problem.spec, problem.workload
-    units: tuple[Unit, ...] = ("columns", "experts") if spec.is_moe else ("columns",)
-    branches = []
-    for first, ends in _frames(problem):
-        orders: tuple[Order, ...] = ORDERS if (first, ends) == (0, "GPU") else ("even",)
-        branches += [branch(problem, Filling(spec, workload, u, o, first), ends) for u in units for o in orders]
-    return _space(problem, branches)
+def further_space(problem: Problem) -> Space:
+    """Layers cut unlike each other, layers that live on the CPU, embedding and head on the CPU."""
+    kinds: list[_Kind] = [(unit, order, 0, "GPU") for unit in _units(problem) for order in ORDERS[1:]]
+    kinds += [(unit, "even", *frame) for unit in _units(problem) for frame in _frames(problem)[1:]]
+    return _space(problem, kinds)
 
 
-def _space(problem: Problem, branches: list[Branch | None]) -> Space:
+_Kind = tuple[Unit, Order, int, Place]
+
+
+def _units(problem: Problem) -> tuple[Unit, ...]:
+    return ("columns", "experts") if problem.spec.is_moe else ("columns",)
+
+
+def _space(problem: Problem, kinds: list[_Kind]) -> Space:
+    branches = [
+        branch(problem, Filling(problem.spec, problem.workload, unit, order, first), ends)
+        for unit, order, first, ends in kinds
+    ]
     return Space(tuple(b for b in branches if b is not None), decode_sendings(problem), prompt_sendings(problem))
 
 
 def _frames(problem: Problem) -> tuple[Frame, ...]:
+    """First layers on the CPU, or not; the paper's frame comes first."""
     n = problem.spec.n_layers
     firsts = sorted({0, *(round(n * i / 8) for i in range(1, 8))} | {_fewest_on_cpu(problem)})
     return tuple(

@@ -30,19 +30,24 @@ class StepTimes:
     slowed: Slowdown | None = None
 
     def __post_init__(self) -> None:
-        self._routed: dict[object, Seconds] = {}
+        self._routed: dict[object, tuple[Seconds, Seconds]] = {}
         self._ahead: dict[object, AheadCosts] = {}
 
-    def seconds(self, filling: Filling, ends: Place, levels: Count, sendings: Sequence[Sending]) -> Seconds:
-        """Seconds of the step, [level, sending], for the first `level` units of a filling on the device."""
+    def seconds(
+        self, filling: Filling, ends: Place, levels: Count, sendings: Sequence[Sending], contended: bool = False
+    ) -> Seconds:
+        """Seconds of the step, [level, sending], for the first `level` units of a filling on the device.
+
+        contended estimates them with contention (Slowdown).
+        """
         units = filling.per_layer(levels)
         total = np.empty((len(levels), len(sendings)))
         routed = [i for i, s in enumerate(sendings) if not s.ahead]
         ahead = [i for i, s in enumerate(sendings) if s.ahead]
         if routed:
-            total[:, routed] = self._sum(filling, ends, units, tuple(sendings[i] for i in routed))
+            total[:, routed] = self._sum(filling, ends, units, tuple(sendings[i] for i in routed), contended)
         if ahead:
-            total[:, ahead] = self._recur(filling, ends, units, tuple(sendings[i].ahead for i in ahead))
+            total[:, ahead] = self._recur(filling, ends, units, tuple(sendings[i].ahead for i in ahead), contended)
         return total
 
     def _key(self, filling: Filling, layer: int) -> tuple[object, ...]:
@@ -56,7 +61,9 @@ class StepTimes:
 
     # -- nothing sent ahead ---------------------------------------------------------------------------
 
-    def _sum(self, filling: Filling, ends: Place, units: Count, sendings: tuple[Sending, ...]) -> Seconds:
+    def _sum(
+        self, filling: Filling, ends: Place, units: Count, sendings: tuple[Sending, ...], contended: bool
+    ) -> Seconds:
         total = np.full((len(units), len(sendings)), self._chain_s(filling.first_layer, ends))
         for layer in range(filling.first_layer, self.prices.spec.n_layers):
             key = (*self._key(filling, layer), sendings)
@@ -64,7 +71,7 @@ class StepTimes:
                 self._routed[key] = routed_mlp_s(
                     self.prices, filling, layer, self.routing[layer], sendings, self.slowed
                 )
-            total += self._routed[key][units[:, layer]]
+            total += self._routed[key][contended][units[:, layer]]
         return total
 
     def _chain_s(self, first_layer: int, ends: Place) -> float:
@@ -82,12 +89,13 @@ class StepTimes:
 
     # -- columns sent ahead ---------------------------------------------------------------------------
 
-    def _recur(self, filling: Filling, ends: Place, units: Count, ahead: tuple[int, ...]) -> Seconds:
+    def _recur(self, filling: Filling, ends: Place, units: Count, ahead: tuple[int, ...], contended: bool) -> Seconds:
         clock = _Clock(self.prices, np.zeros((len(units), len(ahead))), ends)
         link = _Link(self.prices, clock)
         n_layers, first = self.prices.spec.n_layers, filling.first_layer
         costs = [
-            self._ahead_costs(filling, layer, units, ahead) if layer >= first else None for layer in range(n_layers)
+            self._ahead_costs(filling, layer, units, ahead, contended) if layer >= first else None
+            for layer in range(n_layers)
         ]
         clock.run(ends, self._end("embed"))
         link.send(costs[0])
@@ -103,13 +111,15 @@ class StepTimes:
         self._finish(clock, ends)
         return clock.end_s
 
-    def _ahead_costs(self, filling: Filling, layer: int, units: Count, ahead: tuple[int, ...]) -> AheadCosts:
+    def _ahead_costs(
+        self, filling: Filling, layer: int, units: Count, ahead: tuple[int, ...], contended: bool
+    ) -> AheadCosts:
         key = (*self._key(filling, layer), ahead)
         if key not in self._ahead:
             self._ahead[key] = ahead_costs(self.prices, filling, layer, self.routing[layer], ahead)
         table, u = self._ahead[key], units[:, layer]
         gg_s, cg_s, cc_s, send_s = table.gg_s, table.cg_s, table.cc_s, table.send_s
-        if self.slowed is not None:
+        if contended and self.slowed is not None:
             cc_s, gpu_s, send_s = self.slowed.beside(cc_s, gg_s + cg_s, send_s)
             stretch = factor(gpu_s, gg_s + cg_s)
             gg_s, cg_s = gg_s * stretch, cg_s * stretch

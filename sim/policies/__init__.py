@@ -6,10 +6,10 @@ One file per policy; its docstring says where the rule comes from and how it is 
 from __future__ import annotations
 
 from hwmodels.errors import PlanError
-from sim.policies import auto
+from sim.policies import auto, scheinfer
 from sim.policies.problem import Policy
 
-POLICIES: dict[str, Policy] = {**auto.OTHERS, auto.NAME: auto.propose}
+POLICIES: dict[str, Policy] = {**auto.OTHERS, scheinfer.NAME: scheinfer.propose, auto.NAME: auto.propose}
 
 
 def policy(name: str) -> Policy:

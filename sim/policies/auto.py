@@ -22,30 +22,37 @@ from hwmodels.errors import PlanError
 from hwmodels.profile import HardwareProfile
 from sim.model import ModelSpec
 from sim.plan import Plan
-from sim.policies import cpu_only, fiddler, gpu_only, ktransformers, llama_cpp, scheinfer, stream, stream_overlap
+from sim.policies import cpu_only, fiddler, gpu_only, ktransformers, llama_cpp, stream, stream_overlap
 from sim.policies.problem import Policy, Problem
 from sim.search import search
-from sim.space import whole_space
+from sim.space import further_space, paper_space
 from sim.workload import Workload
 
 NAME = "auto"
 
 OTHERS: dict[str, Policy] = {
     module.NAME: module.propose
-    for module in (cpu_only, gpu_only, stream, stream_overlap, llama_cpp, fiddler, ktransformers, scheinfer)
+    for module in (cpu_only, gpu_only, stream, stream_overlap, llama_cpp, fiddler, ktransformers)
 }
+"""All policies but scheinfer, whose space the search goes through first, and whose plan it so contains."""
 
 
 def propose(spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, workload: Workload) -> Plan:
-    """The fastest of the search's plan and all other policies' plans; PlanError if the model fits nowhere."""
+    """The fastest of the search's plans and all other policies' plans; PlanError if the model fits nowhere."""
     problem = Problem(spec, profile, vram_budget_bytes, workload)
-    plans: list[Callable[[], Plan]] = [partial(_searched, problem)] if profile.has_gpu else []
-    plans += [partial(propose, spec, profile, vram_budget_bytes, workload) for propose in OTHERS.values()]
-    return replace(problem.best(plans), policy=NAME)
+    others = [partial(propose, spec, profile, vram_budget_bytes, workload) for propose in OTHERS.values()]
+    return replace(problem.best([*_searched(problem), *others]), policy=NAME)
 
 
-def _searched(problem: Problem) -> Plan:
-    space = whole_space(problem)
-    if not space.branches:
-        raise PlanError("auto: no layer's attention and KV cache fit into the device memory budget")
-    return search(problem, NAME, space).plan
+def _searched(problem: Problem) -> list[Callable[[], Plan]]:
+    if not problem.profile.has_gpu:
+        return []
+    try:
+        found = search(problem, NAME, [paper_space(problem), further_space(problem)])
+    except PlanError:  # nothing fits on the device; another policy may still do without it
+        return []
+    return [partial(_same, plan) for plan in found.winners]
+
+
+def _same(plan: Plan) -> Plan:
+    return plan

@@ -30,4 +30,4 @@ def propose(spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, w
     """The best sizes of CC, CG and GG in simulation; PlanError if attention and KV cache do not fit."""
     problem = Problem(spec, profile, vram_budget_bytes, workload)
     problem.need_gpu(NAME)
-    return search(problem, NAME, paper_space(problem)).plan
+    return search(problem, NAME, [paper_space(problem)]).plan
