@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sim.bounds import bound
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hwmodels.profile import HardwareProfile
 from runtime.measure import measure, median_run
-from runtime.rows import Row, measured_row, prediction_keys
 from runtime.session import PlannedModel, load_planned
 from runtime.validate import prompt_ids
-from sim.bounds import bound
 from sim.model import ModelSpec
 from sim.plan import Plan
+from sim.rows import Row, measured_row, prediction_keys
 from sim.simulate import simulate
 from sim.workload import Workload
 

@@ -25,7 +25,6 @@ from hwmodels.profile import HardwareProfile
 from hwmodels.units import format_bytes
 from runtime.cache import cached_profile
 from runtime.measure import Measured, measure, median_run
-from runtime.rows import Row, measured_row, prediction_keys
 from runtime.session import load_planned
 from runtime.versions import versions
 from sim.compare import compare
@@ -33,6 +32,7 @@ from sim.memory import activation_bytes, ends_bytes, memory
 from sim.model import ModelSpec, load_model
 from sim.plan import Plan
 from sim.report import ModelResult, Report, write_report
+from sim.rows import Row, measured_row, prediction_keys
 from sim.simulate import simulate
 from sim.timeline import Timeline
 from sim.workload import Workload

@@ -20,12 +20,12 @@ from runtime.cli.result_columns import MEASURED_COLUMNS
 from runtime.cli.running import Source, open_source
 from runtime.demo_models import write_demo_models
 from runtime.resolve import check_context, resolve_folder, resolve_model
-from runtime.rows import Row
 from runtime.validate import DEFAULT_POLICIES, Job
 from runtime.validate import validate as run_validation
 from sim import planner
 from sim.plan import Plan, check_plan, load_plan
 from sim.policies import POLICIES, policy
+from sim.rows import Row
 from sim.workload import Workload
 
 # -- bench --------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+from sim.bounds import bound
+
 from hwmodels.catalog import hardware
 from hwmodels.errors import FormatError
 from hwmodels.profile import HardwareProfile
@@ -17,13 +19,12 @@ from runtime.cli.files import check_file, check_folder
 from runtime.cli.result_columns import ERROR_COLUMNS, SIMULATED_COLUMNS
 from runtime.cli.table import Row
 from runtime.resolve import check_context, resolve_model
-from runtime.rows import simulated_row
 from sim import planner
-from sim.bounds import bound
 from sim.compare import Comparison
 from sim.compare import compare as compare_timelines
 from sim.model import ModelSpec
 from sim.plan import Plan, check_plan, load_plan
+from sim.rows import simulated_row
 from sim.simulate import forecast
 from sim.simulate import simulate as run_simulation
 from sim.timeline import load_timeline

@@ -6,9 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from sim.bounds import Bound
-
 from hwmodels.profile import HardwareProfile
+from sim.bounds import Bound
 from sim.memory import memory
 from sim.model import ModelSpec
 from sim.plan import Plan
