@@ -167,11 +167,11 @@ def _rest_curves(model: PlannedModel, place: Place, grid: Grid) -> list[Curve]:
     """Curves of attn, embed, head and sample from the spans of real forward passes."""
     spec = model.executor.spec
     times: dict[tuple[Op, Work], list[float]] = defaultdict(list)
-    for n_tokens in grid.n_tokens:
-        for past in grid.past:
-            for repetition in range(grid.repetitions + 1):
+    for repetition in range(grid.repetitions + 1):  # rounds outermost: a disturbance touches one of each case
+        for n_tokens in grid.n_tokens:
+            for past in grid.past:
                 timeline = _forward(model, n_tokens, past)
-                if repetition:  # the first one warms up
+                if repetition:  # the first round warms up
                     _collect(times, spec, timeline, n_tokens, past)
     times.update(_generate_times(model))
     samples: dict[Op, list[Sample]] = defaultdict(list)
@@ -274,8 +274,8 @@ def _overlapped_samples(model: PlannedModel, grid: Grid) -> tuple[dict[tuple[Res
     spec = model.executor.spec
     copies: dict[tuple[Resource, Work], list[float]] = defaultdict(list)
     joins: dict[Work, list[float]] = defaultdict(list)
-    for n_tokens in grid.n_tokens:
-        for repetition in range(grid.repetitions + 1):
+    for repetition in range(grid.repetitions + 1):
+        for n_tokens in grid.n_tokens:
             timeline = _forward(model, n_tokens, 0)
             for span in timeline.spans if repetition else ():
                 if span.kind in ("act_d2h", "act_h2d"):
@@ -302,7 +302,7 @@ def _micro(
 ) -> tuple[list[Curve], list[Contention], int]:
     opened = open_device(device, device_bytes(device), cpu_threads)
     try:
-        bench = MicroBench(spec, opened, ACT2FN[act], grid.repetitions + 2)
+        bench = MicroBench(spec, opened, ACT2FN[act], grid.repetitions)
         columns = sorted({max(1, bench.columns // 8), max(1, bench.columns // 2), bench.columns})
         curves = []
         bar.set_postfix_str("MLP parts")

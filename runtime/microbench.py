@@ -6,7 +6,8 @@ measured is what a plan will pay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -21,7 +22,13 @@ from runtime.synthetic import fill_small
 from sim.graph import Kind, Task
 from sim.model import ModelSpec
 
+BodyOf = Callable[[int], Body]
+"""The body of a measurement's i-th task: each touches other weights than the one before."""
+
 _POOL_BYTES = 192 << 20  # several times any cache: weights must come from memory
+_ROUNDS = 3
+_Load = tuple[Work, BodyOf, float]
+"""What a resource is kept at work with: a demand, its bodies, and seconds of one task alone."""
 _KIND: dict[Resource, Kind] = {"CPU": "cc", "GPU": "gg", "H2D": "send", "D2H": "act_d2h"}
 
 
@@ -54,24 +61,27 @@ class MicroBench:
         self._issued += 1
         return Task(f"micro.{resource}.{self._issued}", _KIND[resource], resource, (demand,))
 
-    def _sample(self, resource: Resource, demand: Work, body_of: Callable[[int], Body]) -> Sample:
-        n = self.repetitions + 1
-        spans = self.times_s([(self.task(resource, demand), body_of(i)) for i in range(n)])[resource]
-        return summarise(demand, [end - start for start, end in spans[1:]])  # the first one warms up
+    def _samples(self, resource: Resource, cases: Sequence[tuple[Work, BodyOf]]) -> tuple[Sample, ...]:
+        """Samples of several works. Rounds over all of them, so that a disturbance touches one round of each."""
+        times: list[list[float]] = [[] for _ in cases]
+        for number in range(self.repetitions):
+            for seconds, (demand, body_of) in zip(times, cases, strict=True):
+                tasks = [(self.task(resource, demand), body_of(3 * number + i)) for i in range(3)]
+                _, *kept = self.times_s(tasks)[resource]  # the first one warms up
+                seconds += [end - start for start, end in kept]
+        return tuple(summarise(demand, seconds) for seconds, (demand, _) in zip(times, cases, strict=True))
 
     # -- MLP parts ------------------------------------------------------------------------------------
 
     def ffn_curve(self, resource: Resource, n_tokens: Sequence[int], columns: Sequence[int]) -> Curve:
         """Time of MLP parts of several widths for several token counts."""
-        samples = []
-        for c in columns:
-            for n in n_tokens:
-                demand = self.spec.ffn_work(self.layer, n, c)
-                samples.append(self._sample(resource, demand, self._ffn_bodies(resource, n, c)))
+        cases = [
+            (self.spec.ffn_work(self.layer, n, c), self._ffn_bodies(resource, n, c)) for c in columns for n in n_tokens
+        ]
         threads = self.device.cpu_threads if resource == "CPU" else 0
-        return Curve(resource, "ffn", self.spec.dtype, threads, "measured", tuple(samples))
+        return Curve(resource, "ffn", self.spec.dtype, threads, "measured", self._samples(resource, cases))
 
-    def _ffn_bodies(self, resource: Resource, n_tokens: int, columns: int) -> Callable[[int], Body]:
+    def _ffn_bodies(self, resource: Resource, n_tokens: int, columns: int) -> BodyOf:
         pool = self.host if resource == "CPU" else self.resident
         x = torch.randn(n_tokens, self.spec.d_model, dtype=self.dtype).to(pool.device)
         size = 3 * self.spec.d_model * columns
@@ -96,15 +106,15 @@ class MicroBench:
     def copy_curve(self, resource: Resource, sizes: Sequence[int], pinned: bool) -> Curve:
         """Time of copies of several sizes on H2D or D2H, from page-locked or ordinary host memory."""
         host = self.host if pinned else fill_small(torch.empty_like(self.host, device="cpu"))
-        samples = []
+        cases = []
         for n_bytes in sizes:
             n = n_bytes // self.dtype.itemsize
             demand = work.copy(n * self.dtype.itemsize, self.spec.dtype, pinned)
-            samples.append(self._sample(resource, demand, self._copy_bodies(resource, host, n, pinned)))
+            cases.append((demand, self._copy_bodies(resource, host, n, pinned)))
         op: work.Op = "pinned" if pinned else "pageable"
-        return Curve(resource, op, self.spec.dtype, 0, "measured", tuple(samples))
+        return Curve(resource, op, self.spec.dtype, 0, "measured", self._samples(resource, cases))
 
-    def _copy_bodies(self, resource: Resource, host: Tensor, n: int, pinned: bool) -> Callable[[int], Body]:
+    def _copy_bodies(self, resource: Resource, host: Tensor, n: int, pinned: bool) -> BodyOf:
         def body_of(i: int) -> Body:
             first = (i * n) % (host.numel() - n + 1)
             near, far = host[first : first + n], self.resident[:n]
@@ -118,19 +128,25 @@ class MicroBench:
     def contention(self, sets: Sequence[tuple[Resource, ...]], seconds: float) -> list[Contention]:
         """Rates of resources working at once on what decode asks of them, each set against running alone."""
         members: list[Resource] = sorted({r for active in sets for r in active})
-        alone = {r: self._together((r,), seconds)[r] for r in members}
-        found = []
-        for active in sets:
-            together = self._together(active, seconds)
-            again = {r: self._together((r,), seconds / 2)[r] for r in active}
-            found.append(contention({r: min(alone[r], again[r]) for r in active}, together))
-        return found
+        loads = {r: self._load(r) for r in members}
+        alone: dict[str, list[float]] = {r: [] for r in members}
+        together: list[dict[str, list[float]]] = [{r: [] for r in active} for active in sets]
+        for _ in range(_ROUNDS):
+            for r in members:
+                alone[r].append(self._together((r,), loads, seconds / _ROUNDS)[r])
+            for active, found in zip(sets, together, strict=True):
+                for name, each_s in self._together(active, loads, seconds / _ROUNDS).items():
+                    found[name].append(each_s)
+        alone_s = {r: median(values) for r, values in alone.items()}
+        return [contention(alone_s, {r: median(values) for r, values in found.items()}) for found in together]
 
-    def _together(self, active: Sequence[Resource], seconds: float) -> dict[str, float]:
+    def _together(
+        self, active: Sequence[Resource], loads: Mapping[Resource, _Load], seconds: float
+    ) -> dict[str, float]:
         """Median task time of each resource while all of them are at work."""
         tasks: list[tuple[Task, Body]] = []
         for resource in active:
-            demand, body_of, each_s = self._load(resource)
+            demand, body_of, each_s = loads[resource]
             n = max(4, int(seconds / each_s))
             tasks += [(self.task(resource, demand), body_of(i)) for i in range(n)]
         # Inline tasks last: the other queues must be at work when the calling thread starts.
@@ -141,7 +157,7 @@ class MicroBench:
         inside = [(r, e - s) for r, rows in spans.items() for s, e in rows if s >= first and e <= last]
         return group_medians(inside)
 
-    def _load(self, resource: Resource) -> tuple[Work, Callable[[int], Body], float]:
+    def _load(self, resource: Resource) -> _Load:
         if resource in ("CPU", "GPU"):
             columns = self.columns
             demand, bodies = self.spec.ffn_work(self.layer, 1, columns), self._ffn_bodies(resource, 1, columns)
@@ -149,4 +165,4 @@ class MicroBench:
             n = (4 << 20) // self.dtype.itemsize
             demand = work.copy(n * self.dtype.itemsize, self.spec.dtype)
             bodies = self._copy_bodies(resource, self.host, n, pinned=True)
-        return demand, bodies, self._sample(resource, demand, bodies).median_s
+        return demand, bodies, self._samples(resource, [(demand, bodies)])[0].median_s
