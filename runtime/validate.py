@@ -22,11 +22,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from hwmodels.errors import PlanError
 from hwmodels.machine import fingerprint
 from hwmodels.profile import HardwareProfile
+from hwmodels.provenance import versions
 from hwmodels.units import format_bytes
 from runtime.cache import cached_profile
 from runtime.measure import Measured, measure, median_run
 from runtime.session import load_planned
-from runtime.versions import versions
 from sim.compare import compare
 from sim.memory import activation_bytes, ends_bytes, memory
 from sim.model import ModelSpec, load_model

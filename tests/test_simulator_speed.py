@@ -22,4 +22,4 @@ def test_the_smoke_run_times_every_engine_and_ends_with_one_json_line(
     assert all(float(row["median_us_per_task"]) > 0 for row in rows.values())
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["summary"] == summary
-    assert config["provenance"]["python"]
+    assert config["provenance"]["versions"]["python"]

@@ -23,8 +23,8 @@ from runtime.resolve import resolve_folder, resolve_model
 
 def doctor(flags: Namespace) -> None:
     """What this machine is, and what limits the product on it."""
+    from hwmodels.provenance import versions
     from runtime.gpu import gpu_findings, gpus
-    from runtime.versions import versions
 
     machine, devices = read_machine(), gpus()
     rows: list[Row] = [

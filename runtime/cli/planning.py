@@ -7,8 +7,6 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from sim.bounds import bound
-
 from hwmodels.catalog import hardware
 from hwmodels.errors import FormatError
 from hwmodels.profile import HardwareProfile
@@ -20,6 +18,7 @@ from runtime.cli.result_columns import ERROR_COLUMNS, SIMULATED_COLUMNS
 from runtime.cli.table import Row
 from runtime.resolve import check_context, resolve_model
 from sim import planner
+from sim.bounds import bound
 from sim.compare import Comparison
 from sim.compare import compare as compare_timelines
 from sim.model import ModelSpec
