@@ -164,6 +164,19 @@ def load_timeline(path: str | Path) -> Timeline:
     return Timeline(header["source"], spans, header.get("info", {}))
 
 
+def read_spans(path: str | Path, source: SourceName) -> Timeline:
+    """Read the Parquet table that `save_parquet` wrote; FormatError if it is something else."""
+    try:
+        frame = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise FormatError(f"cannot read spans {str(path)!r}: {error}") from error
+    columns = list(Span.__slots__)
+    missing = [c for c in columns if c not in frame.columns]
+    if missing:
+        raise FormatError(f"{path}: no column {missing[0]!r}; expected spans with {', '.join(columns)}")
+    return Timeline(source, tuple(Span(*row) for row in frame[columns].itertuples(index=False, name=None)))
+
+
 def _span(event: dict[str, Any]) -> Span:
     args, start_s, resource = event["args"], event["ts"] / 1e6, event["tid"] - 1
     if resource not in range(len(RESOURCES)):
