@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sim.bounds import bound
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +13,7 @@ from hwmodels.profile import HardwareProfile
 from runtime.measure import measure, median_run
 from runtime.session import PlannedModel, load_planned
 from runtime.validate import prompt_ids
+from sim.bounds import bound
 from sim.model import ModelSpec
 from sim.plan import Plan
 from sim.rows import Row, measured_row, prediction_keys

@@ -97,7 +97,13 @@ CTX_SIZE = Option(
 N_PROMPT = Option(("-p", "--n-prompt"), "prompt tokens", values.count, 512, metavar="N")
 N_GEN = Option(("-n", "--n-gen"), "generated tokens", values.count, 128, metavar="N")
 N_DEPTH = Option(("-d", "--n-depth"), "tokens in the KV cache before the prompt", values.whole, 0, metavar="N")
-N_DEPTHS = replace(N_DEPTH, help="tokens in the KV cache before the prompt, comma list or range", parse=values.wholes)
+N_DEPTHS = replace(
+    N_DEPTH,
+    help="tokens in the KV cache before the prompt, comma list or range",
+    parse=values.wholes,
+    default=(0,),
+    shown="0",
+)
 BATCH = Option(("-b", "--batch"), "sequences at once", values.count, 1, metavar="N")
 REPETITIONS = Option(("-r", "--repetitions"), "measured runs of each row", values.count, 5, metavar="N")
 SEED = Option(("--seed",), "seed of sampling", values.whole, 0, metavar="N")

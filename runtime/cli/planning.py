@@ -116,8 +116,11 @@ def compare(flags: Namespace) -> None:
     if flags.out is not None:
         write_comparison(comparison, flags.out)
         note(flags, f"wrote {flags.out}")
-    say(flags, str(comparison))
-    emit(flags, _error_rows(comparison), ERROR_COLUMNS)
+    rows = _error_rows(comparison)
+    if flags.output == "md":  # the text says it end to end, and steps are many
+        say(flags, str(comparison))
+        rows = [row for row in rows if row["scope"] not in ("end to end", "step")]
+    emit(flags, rows, ERROR_COLUMNS)
 
 
 def _error_rows(comparison: Comparison) -> list[Row]:
