@@ -36,24 +36,27 @@ class LayerBinding:
         self._x, self._routed = x_SD, routed
         self._host_x = x_SD
         self._host_y = x_SD
-        self._partial: list[Tensor] = []
+        self._partial: dict[str, Tensor] = {}
+        self._joined: list[str] = []
         self.output = x_SD
 
     def bind(self, task: Task, ahead: LayerStore | None) -> Body:
         """The body of a task; `ahead` holds the weights that an ahead send of the next layer moves."""
+        if task.kind in ("gg", "cg", "act_h2d"):
+            self._joined.append(task.id)
         if task.kind == "send":
             return self._send(task, ahead or self._store)
         if task.kind == "act_d2h":
             return self._to_host
         if task.kind == "act_h2d":
-            return self._to_device
+            return lambda: self._to_device(task.id)
         if task.kind == "cc":
             return lambda: self._compute_on_host(task.parts)
         if task.kind == "gg":
-            return lambda: self._add(self._mlp(self._x, task.parts, self._resident, on_host=False))
+            return lambda: self._compute(task, self._resident)
         if task.kind == "cg":
             runs = {p.expert: self._slots.run(task.slot, p.expert) for p in task.parts}
-            return lambda: self._add(self._mlp(self._x, task.parts, lambda p: self._sent(p, runs), on_host=False))
+            return lambda: self._compute(task, lambda p: self._sent(p, runs))
         assert task.kind == "join", f"no body for a {task.kind} task"
         return self._join
 
@@ -69,12 +72,15 @@ class LayerBinding:
         self._host_x = self._device.staging(self._x, "act_d2h", on_host=True)
         self._device.copy([(self._host_x, self._x)], pinned=True)
 
-    def _to_device(self) -> None:
+    def _to_device(self, name: str) -> None:
         target = self._device.staging(self._x, "act_h2d", on_host=False)
         self._device.copy([(target, self._host_y)], pinned=True)
-        self._add(target)
+        self._partial[name] = target
 
     # -- arithmetic -----------------------------------------------------------------------------------
+
+    def _compute(self, task: Task, pieces_of: PiecesOf) -> None:
+        self._partial[task.id] = self._mlp(self._x, task.parts, pieces_of, on_host=False)
 
     def _compute_on_host(self, parts: Sequence[Part]) -> None:
         y = self._mlp(self._host_x, parts, self._host, on_host=True)
@@ -99,12 +105,9 @@ class LayerBinding:
     def _sent(self, part: Part, runs: dict[int, Tensor]) -> list[Piece]:
         return self._store.experts[part.expert].views(runs[part.expert], part.start, part.stop)
 
-    def _add(self, y: Tensor) -> None:
-        self._partial.append(y)
-        self.output = y
-
     def _join(self) -> None:
-        first, *others = self._partial
+        # In the order of the graph, not of arrival: equal runs give equal bits.
+        first, *others = (self._partial[name] for name in self._joined)
         for y in others:
             first.add_(y)
         self.output = first

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from hwmodels.errors import ExecutionError, PlanError
 from runtime.binding import LayerBinding, send_pairs
 from runtime.devices.base import Body, CopyPair, Device, Mark
 from runtime.memory import WeightStore
@@ -35,17 +36,18 @@ class _StepState:
     compiler: StepCompiler
     caller_tasks: list[tuple[Task, Mark, Mark]] = field(default_factory=list)
     open_task: Task | None = None
+    sample: Task | None = None
     since: Mark = 0
 
 
 @dataclass
 class _Recording:
-    """Everything recorded since a run began."""
+    """Everything recorded since a run began; sample is open since a time on the host clock."""
 
     spans: list[Span] = field(default_factory=list)
     routing: dict[tuple[str, int], Routing] = field(default_factory=dict)
     n_steps: int = 0
-    sample: tuple[Task, Mark] | None = None
+    sample: tuple[Task, int] | None = None
 
 
 class Executor:
@@ -55,16 +57,19 @@ class Executor:
         self.spec, self.plan, self.device, self.store, self.act = spec, plan, device, store, act
         self._recording = _Recording()
         self._step: _StepState | None = None
+        self._in_run, self._closed = False, False
 
     # -- a run ----------------------------------------------------------------------------------------
 
     def begin_run(self) -> None:
-        """Forget what was recorded; the next step is the prefill."""
+        """Forget what was recorded; the next step is the prefill. ExecutionError if closed."""
+        self._check_open()
         self._abandon_step()
-        self._recording = _Recording()
+        self._recording, self._in_run = _Recording(), True
 
     def end_run(self, info: dict[str, object]) -> tuple[Timeline, RoutingTrace]:
         """Timeline and routing of everything since the run began."""
+        self._in_run = False
         if self._step is None:
             self._close_sample(self.device.mark(self.plan.ends))
         spans = sorted(self._recording.spans, key=lambda s: (s.start_s, s.end_s))
@@ -73,17 +78,32 @@ class Executor:
             dict(self._recording.routing)
         )
 
+    def stop(self) -> None:
+        """Let no further step begin: a run in another thread ends with an ExecutionError."""
+        self._closed = True
+
     def close(self) -> None:
-        """Give threads and memory back."""
-        self._abandon_step()
-        self.device.close()
-        self.store = WeightStore((), {})
+        """Give threads and memory back; safe to call twice."""
+        self.stop()
+        with self.device.driving():
+            self._abandon_step()
+            self.store = WeightStore((), {})
+            self.device.close()
 
     # -- a step ---------------------------------------------------------------------------------------
 
     def begin_step(self, n_tokens: int, kv_tokens: int, batch: int) -> None:
-        """A forward pass begins: n_tokens rows in all, kv_tokens of depth per sequence after it."""
+        """A forward pass begins: n_tokens rows in all, kv_tokens of depth per sequence after it.
+
+        Outside a run, a pass without a past begins a new recording. ExecutionError if closed, PlanError
+        if the KV cache outgrows the plan.
+        """
+        self._check_open()
+        self._check_room(kv_tokens, batch)
         self._abandon_step()
+        if not self._in_run and n_tokens == kv_tokens * batch:
+            self._recording = _Recording()
+        self.device.set_clock()
         now = self.device.mark(self.plan.ends)
         record = self._recording
         self._close_sample(now)
@@ -122,35 +142,46 @@ class Executor:
     def enter_head(self, hidden: Tensor) -> Tensor:
         """The layers have ended; their output, carried to where the head lives."""
         step = self._current()
-        *moves, head, sample = step.compiler.end()
+        *moves, head, step.sample = step.compiler.end()
         hidden = self._move(moves, hidden)
         step.open_task = head
-        self._recording.sample = (sample, 0)
         return hidden
 
     def end_step(self) -> None:
         """The forward pass has ended: read all its times."""
         step = self._current()
         self._close()
-        assert self._recording.sample is not None, "the head was entered"
-        self._recording.sample = (self._recording.sample[0], step.since)
         for ticket in self.device.drain():
             self._record(ticket.task, ticket.start_ns, ticket.end_ns)
         for task, start, end in step.caller_tasks:
             self._record(task, self.device.resolve(start), self.device.resolve(end))
+        assert step.sample is not None, "the head was entered"
+        self._recording.sample = (step.sample, self.device.resolve(step.since))
         self._step = None
 
     # -- inside ---------------------------------------------------------------------------------------
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ExecutionError(f"{self.spec.name} is closed and its weights are gone; load it again")
+
+    def _check_room(self, kv_tokens: int, batch: int) -> None:
+        if kv_tokens * batch > self.plan.n_ctx * self.plan.batch:
+            raise PlanError(
+                f"a KV cache of {kv_tokens} tokens for each of {batch} sequences is asked for, the plan has room for "
+                f"{self.plan.n_ctx} for each of {self.plan.batch}; plan with a larger --ctx-size or --batch"
+            )
+
     def _current(self) -> _StepState:
-        assert self._step is not None, "a step has begun"
+        if self._step is None:
+            raise ExecutionError(f"a part of {self.spec.name} was called by itself; call the model or its generate")
         return self._step
 
     def _abandon_step(self) -> None:
         # An exception left the step before: its tasks have come to rest, its spans mean nothing.
         if self._step is not None:
             self.device.forget()
-            self._step, self._recording.sample = None, None
+            self._step = None
 
     def _close(self) -> None:
         step = self._current()
@@ -162,8 +193,8 @@ class Executor:
 
     def _close_sample(self, now: Mark) -> None:
         if self._recording.sample is not None:
-            task, since = self._recording.sample
-            self._record(task, self.device.resolve(since), self.device.resolve(now))
+            task, since_ns = self._recording.sample
+            self._record(task, since_ns, max(since_ns, self.device.resolve(now)))
             self._recording.sample = None
 
     def _record(self, task: Task, start_ns: int, end_ns: int) -> None:

@@ -5,6 +5,7 @@ They hold no parameters: weights belong to the executor's store.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hwmodels.errors import ExecutionError
 from runtime.executor import Executor
 from runtime.routing import Routed
 from runtime.skeleton import decoder_layers
+
+_DETACHED = "the model is closed and its weights are gone; load it again"
 
 
 class PartitionedMlp(nn.Module):
@@ -27,7 +31,8 @@ class PartitionedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the layer's MLP by plan."""
-        assert self.executor is not None, "attached by runtime.session"
+        if self.executor is None:
+            raise ExecutionError(_DETACHED)
         rows = x.reshape(-1, x.shape[-1])
         return self.executor.run_mlp(self.layer, rows, None).reshape(x.shape)
 
@@ -42,7 +47,8 @@ class PartitionedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [S, D], top_k_index and top_k_weights [S, k] -> [S, D]."""
-        assert self.executor is not None, "attached by runtime.session"
+        if self.executor is None:
+            raise ExecutionError(_DETACHED)
         routed = Routed.of(top_k_index, top_k_weights, self.num_experts)
         return self.executor.run_mlp(self.layer, hidden_states, routed)
 
@@ -66,12 +72,13 @@ Kwargs = dict[str, Any]
 
 def _begin_step(executor: Executor) -> Callable[[nn.Module, Args, Kwargs], None]:
     def hook(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        del module
-        ids = args[0] if args else kwargs.get("input_ids")
-        if ids is None:
-            ids = kwargs["inputs_embeds"][..., 0]
-        batch, n_new = ids.shape
-        cache = kwargs.get("past_key_values")
+        given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        rows = ids if ids is not None else embeds
+        if rows is None:
+            raise ExecutionError("the model was called with neither input_ids nor inputs_embeds")
+        batch, n_new = rows.shape[:2]
+        cache = given.get("past_key_values")
         depth = int(cache.get_seq_length()) if cache is not None else 0
         executor.begin_step(batch * n_new, depth + n_new, batch)
 

@@ -35,15 +35,12 @@ def gated_mlp(x_SD: Tensor, pieces: Sequence[Piece], act: Activation) -> Tensor:
 
 def routed_mlp(
     x_SD: Tensor,
-    experts: Sequence[tuple[Tensor | None, Tensor, Sequence[Piece]]],
+    experts: Sequence[tuple[Tensor, Tensor, Sequence[Piece]]],
     act: Activation,
 ) -> Tensor:
-    """Weighted sum over experts, each (rows, weights, pieces); rows None means every row once, in order."""
+    """Weighted sum over experts, each (rows, weights, pieces): rows index x_SD, one weight each."""
     out = torch.zeros_like(x_SD)
     for rows, weights, pieces in experts:
-        if rows is None:
-            out.add_(gated_mlp(x_SD, pieces, act).mul_(weights[:, None].to(x_SD.dtype)))
-        else:
-            y = gated_mlp(x_SD[rows], pieces, act).mul_(weights[:, None].to(x_SD.dtype))
-            out.index_add_(0, rows, y)
+        y = gated_mlp(x_SD[rows], pieces, act).mul_(weights[:, None].to(x_SD.dtype))
+        out.index_add_(0, rows, y)
     return out

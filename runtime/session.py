@@ -6,6 +6,7 @@ The returned object keeps its class's `generate`, caches and streamers; it gains
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from sim.timeline import Timeline
 from sim.workload import RoutingTrace
 
 
-class PlannedModel(PreTrainedModel):
+class PlannedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """What `load` adds to the model's own class; never instantiated itself."""
 
     executor: Executor
@@ -46,15 +47,24 @@ class PlannedModel(PreTrainedModel):
         """The plan that the model runs by."""
         return self.executor.plan
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward pass. No gradients: weights are cut, and parts of a layer run in other threads."""
+        with self.executor.device.driving(), torch.no_grad():
+            return super().__call__(*args, **kwargs)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' generate; records the run into last_timeline and last_routing."""
+        """As transformers' generate; records the run into last_timeline and last_routing.
+
+        Threads take turns. Raises ExecutionError, naming the task, if one fails; the model stays usable.
+        """
         kwargs.setdefault("disable_compile", True)  # the executor cannot be traced
         executor = self.executor
-        executor.begin_run()
-        try:
-            return super().generate(*args, **kwargs)
-        finally:
-            self.last_timeline, self.last_routing = executor.end_run(run_info(executor))
+        with executor.device.driving():
+            executor.begin_run()
+            try:
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
+            finally:
+                self.last_timeline, self.last_routing = executor.end_run(run_info(executor))
 
     def memory_report(self) -> dict[str, object]:
         """Planned bytes by part, and the most device memory that was held."""
@@ -62,12 +72,14 @@ class PlannedModel(PreTrainedModel):
 
     def close(self) -> None:
         """End threads, drop weights, give device memory back; safe to call twice."""
-        self.executor.close()
-        for module in self.modules():
-            if isinstance(module, (PartitionedMlp, PartitionedExperts)):
-                module.executor = None
-        for parameter in self.parameters():
-            parameter.data = torch.empty(0)
+        self.executor.stop()
+        with self.executor.device.driving():
+            for module in self.modules():
+                if isinstance(module, (PartitionedMlp, PartitionedExperts)):
+                    module.executor = None
+            for parameter in self.parameters():
+                parameter.data = torch.empty(0)
+            self.executor.close()
 
 
 def run_info(executor: Executor) -> dict[str, object]:
@@ -136,6 +148,7 @@ def assemble(folder: Path, spec: ModelSpec, plan: Plan, device: Device, fill: Fi
         planned.device_memory = need
         planned.last_timeline, planned.last_routing = None, None
         attach(planned, planned.executor)
+        weakref.finalize(planned, device.close)  # threads do not outlive a model that nobody closed
         return planned
     except BaseException:
         device.close()

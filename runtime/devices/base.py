@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Literal, Protocol
@@ -94,10 +95,15 @@ class WorkerQueue:
     """One resource as a thread that runs its tasks in order, waiting for each one's dependencies."""
 
     def __init__(self, name: str, n_threads: int, cores: frozenset[int] = frozenset()) -> None:
-        self._items: SimpleQueue[_Item | None] = SimpleQueue()
-        args = (n_threads, cores)
+        self._items: SimpleQueue[_Item | threading.Event | None] = SimpleQueue()
+        self._closed = False
+        started, own_threads = threading.Event(), torch.get_num_threads()
+        args = (n_threads, cores, started)
         self._thread = threading.Thread(target=self._serve, args=args, name=f"scheinfer-{name}", daemon=True)
         self._thread.start()
+        started.wait()
+        # torch gives threads that begin later the number that was set last, by whichever thread
+        torch.set_num_threads(own_threads)
 
     @property
     def alive(self) -> bool:
@@ -105,30 +111,55 @@ class WorkerQueue:
         return self._thread.is_alive()
 
     def submit(self, ticket: Ticket, deps: Sequence[Awaitable], body: Body) -> None:
-        """Append a task."""
+        """Append a task; ExecutionError if the queue is closed."""
+        if self._closed:
+            raise ExecutionError(f"task {ticket.task.id}: the {ticket.task.resource} queue is closed")
         self._items.put(_Item(ticket, tuple(deps), body))
 
-    def close(self) -> None:
-        """Let the thread end after the tasks that are queued."""
-        self._items.put(None)
-        self._thread.join(timeout=30)
+    def rest(self) -> None:
+        """Return when every task submitted so far has ended or failed."""
+        reached = threading.Event()
+        self._items.put(reached)
+        while self.alive and not reached.wait(_LIVENESS_S):
+            pass
 
-    def _serve(self, n_threads: int, cores: frozenset[int]) -> None:
+    def close(self) -> None:
+        """Let the thread end after the tasks that are queued; safe to call twice."""
+        self._closed = True
+        self._items.put(None)
+        if threading.current_thread() is not self._thread:  # a garbage collector may run anywhere
+            self._thread.join(timeout=30)
+
+    def _serve(self, n_threads: int, cores: frozenset[int], started: threading.Event) -> None:
         if cores:  # a scheduler that wakes this thread on its waker's core makes the two take turns
             os.sched_setaffinity(0, cores)
         torch.set_num_threads(n_threads)
         torch.set_grad_enabled(False)
+        started.set()
         while (item := self._items.get()) is not None:
-            task = item.ticket.task
-            try:
-                for dep in item.deps:
-                    dep.wait(lambda: True)  # its own queue fails it; this thread only follows
-                start_ns = now_ns()
-                item.body()
-                item.ticket.finish(start_ns, now_ns())
-            except BaseException as error:  # a worker must outlive any task and report everything
-                item.ticket.fail(failure(task, error))
+            if isinstance(item, threading.Event):
+                item.set()
+            elif not item.ticket.done:  # else its step was given up
+                _run(item)
             del item
+
+
+def _run(item: _Item) -> None:
+    try:
+        for dep in item.deps:
+            dep.wait(lambda: True)  # its own queue fails it; this thread only follows
+        start_ns = now_ns()
+        item.body()
+        item.ticket.finish(start_ns, now_ns())
+    except BaseException as error:  # a worker must outlive any task and report everything
+        item.ticket.fail(failure(item.ticket.task, error))
+
+
+def give_up(tickets: Iterable[Ticket]) -> None:
+    """Fail what has not ended, so that nothing waits for it or begins it any more."""
+    for ticket in tickets:
+        if not ticket.done:
+            ticket.fail(ExecutionError(f"task {ticket.task.id}: its step was given up"))
 
 
 class Arena:
@@ -180,6 +211,9 @@ class Device(Protocol):
 
     # -- tasks
 
+    def driving(self) -> AbstractContextManager[None]:
+        """The calling thread issues the device's work inside the block; nests. Another thread waits its turn."""
+
     def issue(self, tasks: Sequence[Task], bodies: Mapping[str, Body]) -> None:
         """Hand copies to their queues and return at once."""
 
@@ -194,9 +228,12 @@ class Device(Protocol):
         """Wait for all tasks issued since the last drain; their tickets, with times on the host clock."""
 
     def forget(self) -> None:
-        """Wait for all queues and drop what was issued, failures included."""
+        """Give up what was issued and has not begun, wait for all queues, drop failures."""
 
     # -- time
+
+    def set_clock(self) -> None:
+        """Compare the device's clock with the host's; between steps, with no mark unresolved."""
 
     def mark(self, place: Place) -> Mark:
         """This point in the calling thread's work at `place`."""

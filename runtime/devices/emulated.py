@@ -8,16 +8,17 @@ except the link's pacing. Its numbers are labelled `emulated` wherever they appe
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from hwmodels.errors import ExecutionError
 from runtime.clock import now_ns
-from runtime.devices.base import Arena, Body, CopyPair, DeviceKind, Mark, Ticket, WorkerQueue, failure
+from runtime.devices.base import Arena, Body, CopyPair, DeviceKind, Mark, Ticket, WorkerQueue, failure, give_up
 from sim.graph import Task
 from sim.plan import Place
 
@@ -39,19 +40,17 @@ class EmulatedDevice:
     kind: DeviceKind = "emulated"
 
     def __init__(self, vram_bytes: int, cpu_threads: int | None = None, link: Link | None = None) -> None:
-        self._caller_cores = os.sched_getaffinity(0)
-        cores = sorted(self._caller_cores)
+        cores = sorted(os.sched_getaffinity(0))
         self.torch_device = torch.device("cpu")
         self.arena = Arena(vram_bytes)
         self.cpu_threads = min(cpu_threads or max(1, len(cores) // 2), len(cores))
         self.gpu_threads = max(1, len(cores) - self.cpu_threads)
         self.link = link or Link()
-        self._caller_threads = torch.get_num_threads()
-        torch.set_num_threads(self.gpu_threads)
-        os.sched_setaffinity(0, cores[: self.gpu_threads])  # of the calling thread; the links float
+        self._cores = frozenset(cores[: self.gpu_threads])
+        self._driver, self._is_driven = threading.RLock(), False
         self._queues = {
             "CPU": WorkerQueue("cpu", self.cpu_threads, frozenset(cores[-self.cpu_threads :])),
-            "H2D": WorkerQueue("h2d", 1, frozenset(cores)),
+            "H2D": WorkerQueue("h2d", 1, frozenset(cores)),  # the links float
             "D2H": WorkerQueue("d2h", 1, frozenset(cores)),
         }
         self._tickets: dict[str, Ticket] = {}
@@ -74,7 +73,8 @@ class EmulatedDevice:
         key = f"{name}/{on_host}"
         held = self._staging.get(key)
         if held is None or held.numel() < like.numel() or held.dtype != like.dtype:
-            held = self._staging[key] = torch.empty(like.numel(), dtype=like.dtype)
+            with torch.inference_mode(False):  # workers write to it, whatever mode the caller is in
+                held = self._staging[key] = torch.empty(like.numel(), dtype=like.dtype)
         return held[: like.numel()].view(like.shape)
 
     def peak_bytes(self) -> int:
@@ -99,38 +99,54 @@ class EmulatedDevice:
 
     # -- tasks ----------------------------------------------------------------------------------------
 
+    @contextmanager
+    def driving(self) -> Iterator[None]:
+        """The calling thread is the accelerator inside the block: its cores, its number of threads."""
+        with self._driver:
+            if self._is_driven:
+                yield
+                return
+            cores, n_threads = os.sched_getaffinity(0), torch.get_num_threads()
+            try:
+                self._is_driven = True
+                os.sched_setaffinity(0, self._cores)
+                torch.set_num_threads(self.gpu_threads)
+                yield
+            finally:
+                self._is_driven = False
+                torch.set_num_threads(n_threads)
+                os.sched_setaffinity(0, cores)
+
     def issue(self, tasks: Sequence[Task], bodies: Mapping[str, Body]) -> None:
         """Hand tasks of CPU, H2D and D2H to their threads."""
         for task in tasks:
-            self._submit(self._ticket(task), bodies[task.id])
+            self._submit(task, bodies[task.id])
 
     def run(self, tasks: Sequence[Task], bodies: Mapping[str, Body], inline_cpu: bool) -> None:
         """Hand CPU, H2D and D2H tasks to their threads, then work the device's tasks on this one."""
-        inline: list[Ticket] = []
-        for task in tasks:
-            ticket = self._ticket(task)
-            if task.resource == "GPU" or (inline_cpu and task.resource == "CPU"):
-                inline.append(ticket)
-            else:
-                self._submit(ticket, bodies[task.id])
-        current = self._tickets[tasks[-1].id]
+        current = tasks[0]
         try:
-            for current in inline:
-                self._run_inline(current, bodies[current.task.id])
-            if not inline:  # a copy that the caller needs
-                self._wait(current)
+            with self.driving():
+                inline = [t for t in tasks if t.resource == "GPU" or (inline_cpu and t.resource == "CPU")]
+                self._tickets.update((t.id, Ticket(t)) for t in inline)
+                for current in tasks:
+                    if current.id not in self._tickets:
+                        self._submit(current, bodies[current.id])
+                for current in inline:
+                    self._run_inline(self._tickets[current.id], bodies[current.id])
+                if not inline:  # a copy that the caller needs
+                    self._wait(self._tickets[current.id])
         except BaseException as error:
-            first = failure(current.task, error)
-            self._fail_rest(first)
+            first = failure(current, error)
+            self.forget()
             raise first from first.__cause__
 
-    def _ticket(self, task: Task) -> Ticket:
+    def _submit(self, task: Task, body: Body) -> None:
+        if task.resource not in self._queues:
+            raise ExecutionError(f"task {task.id}: the device is closed")
         ticket = self._tickets[task.id] = Ticket(task)
-        return ticket
-
-    def _submit(self, ticket: Ticket, body: Body) -> None:
-        deps = [self._tickets[d] for d in ticket.task.deps if d in self._tickets]
-        self._queues[ticket.task.resource].submit(ticket, deps, body)
+        deps = [self._tickets[d] for d in task.deps if d in self._tickets]
+        self._queues[task.resource].submit(ticket, deps, body)
 
     def _run_inline(self, ticket: Ticket, body: Body) -> None:
         for name in ticket.task.deps:
@@ -145,28 +161,29 @@ class EmulatedDevice:
         queue = self._queues.get(ticket.task.resource)
         ticket.wait(lambda: queue is None or queue.alive)
 
-    def _fail_rest(self, error: BaseException) -> None:
-        for ticket in self._tickets.values():
-            if ticket.task.resource not in self._queues and not ticket.done:
-                ticket.fail(error)
-        self.forget()
-
     def drain(self) -> list[Ticket]:
-        """Wait for every issued task and forget it."""
+        """Wait for every issued task and forget it; raise what made one fail, after all have come to rest."""
         tickets = list(self._tickets.values())
-        for ticket in tickets:
-            self._wait(ticket)
+        try:
+            for ticket in tickets:
+                self._wait(ticket)
+        except BaseException:
+            self.forget()
+            raise
         self._tickets = {}
         return tickets
 
     def forget(self) -> None:
         """Wait for every queue; what failed has been reported already."""
-        for ticket in self._tickets.values():
-            with suppress(ExecutionError, KeyboardInterrupt):
-                self._wait(ticket)
+        give_up(self._tickets.values())
+        for queue in self._queues.values():
+            queue.rest()
         self._tickets = {}
 
     # -- time -----------------------------------------------------------------------------------------
+
+    def set_clock(self) -> None:
+        """There is one clock."""
 
     def mark(self, place: Place) -> Mark:
         """Now, on the host clock, wherever the work is."""
@@ -179,12 +196,9 @@ class EmulatedDevice:
         return mark
 
     def close(self) -> None:
-        """End the threads and restore the caller's thread count."""
+        """End the threads, drop buffers."""
         queues, self._queues = self._queues, {}
         for queue in queues.values():
             queue.close()
-        if queues:
-            torch.set_num_threads(self._caller_threads)
-            os.sched_setaffinity(0, self._caller_cores)
         self._tickets.clear()
         self._staging.clear()
