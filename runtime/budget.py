@@ -19,14 +19,18 @@ def fixed_bytes(spec: ModelSpec, workload: Workload) -> int:
     return ends_bytes(spec) + layers + activation_bytes(spec, workload.n_ctx * workload.batch, workload.batch)
 
 
-def default_vram_budget(spec: ModelSpec, workload: Workload, device: str) -> int:
-    """Bytes: most of what is free on a CUDA device; for the emulated one half of the MLP weights beside what is fixed.
+def half_budget(spec: ModelSpec, workload: Workload) -> int:
+    """A device that holds everything but the MLPs, and half of those: a model twice too large for it."""
+    return fixed_bytes(spec, workload) + sum(spec.ffn_bytes(i) for i in range(spec.n_layers)) // 2
 
-    An emulated device has no memory of its own to ask; half leaves every class of weights something to do.
+
+def default_vram_budget(spec: ModelSpec, workload: Workload, device: str) -> int:
+    """Bytes: most of what is free on a CUDA device; `half_budget` for the emulated one, which has no memory to ask.
+
     Raises PlanError for a device that is not here.
     """
     name = device_name(device)
     if name == "emulated":
-        return fixed_bytes(spec, workload) + sum(spec.ffn_bytes(i) for i in range(spec.n_layers)) // 2
+        return half_budget(spec, workload)
     free, _ = torch.cuda.mem_get_info(torch.device(name))
     return int(FREE_SHARE * free)

@@ -24,11 +24,12 @@ from hwmodels.machine import fingerprint
 from hwmodels.profile import HardwareProfile
 from hwmodels.provenance import versions
 from hwmodels.units import format_bytes
+from runtime.budget import half_budget
 from runtime.cache import cached_profile
 from runtime.measure import Measured, measure, median_run
 from runtime.session import load_planned
 from sim.compare import compare
-from sim.memory import activation_bytes, ends_bytes, memory
+from sim.memory import memory
 from sim.model import ModelSpec, load_model
 from sim.plan import Plan
 from sim.report import ModelResult, Report, write_report
@@ -104,7 +105,7 @@ def _validate_model(
     folder: Path, spec: ModelSpec, profile: HardwareProfile, job: Job, out: Path, text: IO[str]
 ) -> tuple[ModelResult, list[tuple[str, str]]]:
     workload = Workload(job.n_prompt, job.n_gen)
-    budget = job.vram_budget_bytes or default_budget(spec, workload)
+    budget = job.vram_budget_bytes or half_budget(spec, workload)
     plans, refused = _plans(spec, profile, budget, workload, job)
     tokenizer = _tokenizer(folder)
     prompt = prompt_ids(spec, tokenizer, job.n_prompt)
@@ -128,14 +129,6 @@ def _validate_model(
         isolated=compare(shown.isolated, shown.median.timeline),
     )
     return result, files
-
-
-def default_budget(spec: ModelSpec, workload: Workload) -> int:
-    """A device that holds everything but the MLPs, and half of those: a model twice too large for it."""
-    ffn = sum(spec.ffn_bytes(i) for i in range(spec.n_layers))
-    rest = sum(spec.rest_bytes(i) + workload.batch * spec.kv_bytes(i, workload.n_ctx) for i in range(spec.n_layers))
-    fixed = ends_bytes(spec) + rest + activation_bytes(spec, workload.n_ctx * workload.batch, workload.batch)
-    return fixed + ffn // 2
 
 
 def _plans(

@@ -137,7 +137,7 @@ def _prompt(flags: Namespace, source: Source) -> str:
 def _streamer(tokenizer: PreTrainedTokenizerBase | None) -> BaseStreamer:
     if tokenizer is None:
         return IdStreamer(sys.stdout)
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def complete(model: PlannedModel, ids: Sequence[int], flags: Namespace, streamer: BaseStreamer | None) -> list[int]:

@@ -80,7 +80,7 @@ def _answer(
     most_prompt: int,
 ) -> str:
     ids = _fitting_ids(flags, tokenizer, messages, most_prompt)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
         new_ids = complete(model, ids, flags, streamer)
     except KeyboardInterrupt:
@@ -107,7 +107,8 @@ def _fitting_ids(
 def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
     """Token ids of a conversation up to where the answer begins, by the tokenizer's template if it has one."""
     if tokenizer.chat_template is not None:
-        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        return [int(i) for i in found["input_ids"]]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert isinstance(text, str), "one conversation is one text"
+        return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     text = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
     return [int(i) for i in tokenizer(text)["input_ids"]]
