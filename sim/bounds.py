@@ -1,0 +1,279 @@
+"""What no plan can beat on a machine: a lower bound of simulated time, by weak duality.
+
+Claim. For every plan that fits the budget, the mean simulated time of a set of steps is at least `bound`'s.
+
+Proof. Take any plan and any step of the set.
+1.  A layer's cc, gg and cg tasks run between the end of its attention and the start of its join (of the next
+    task of the chain, on the CPU), and these gaps are disjoint. With A the seconds of the chain (embedding,
+    attention, joins, head, sampling), C those of all cc tasks, G of all gg and cg tasks, S of all sends:
+    T >= A + C, T >= A + G (one CPU, one GPU) and T >= S (one link). Contention and hand-offs only add.
+2.  So T >= c (A + C) + g (A + G) + s S for any c, g, s >= 0 with c + g + s = 1. This is linear: it holds for
+    the mean over steps, too.
+3.  The plan fits: M <= B, so that adding m (M - B) for any m >= 0 does not raise the right side. What
+    remains is a sum over layers (where attention lives), columns (resident or not) and columns in a step
+    (CPU or link and GPU). Taking the cheapest choice for each on its own can only lower it.
+4.  An MLP part of k columns takes at least k times a floor per column, a copy at least a floor per byte
+    (`_per_column_s`, `_per_byte_s`): inside a curve time and roofline terms are interpolated with the same
+    weights, and the largest of two weighted means is at most the weighted mean of the largest; beyond it the
+    profile scales by the roofline. So the least ratio of time to roofline over the curve's nodes holds
+    everywhere.
+The bound is the largest value found over the multipliers; each of them proves it. A plan that leaves the device
+alone needs no activations on it, the exception to 3.: A + C with everything on the CPU bounds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwmodels.profile import HardwareProfile, Resource
+from hwmodels.work import DTYPE_BYTES, Op
+from sim.memory import activation_bytes, ends_bytes
+from sim.model import ModelSpec
+from sim.plan import Place
+from sim.simulate import routing_of
+from sim.workload import Step, Workload
+
+Floats = NDArray[np.float64]
+_MOST_STEPS = 128
+_SHAPE_TOLERANCE = 1.02  # a curve over tokens alone answers for weights up to 2 % larger than measured
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Seconds that no plan goes below, and tokens per second of all sequences that none exceeds.
+
+    prefill_binds, decode_binds name the resource that the bound rests on most. Without decode steps
+    decode_s, decode_tok_s are 0 and decode_binds is "GPU" or "CPU" as prefill's.
+    """
+
+    prefill_s: float
+    decode_s: float
+    prefill_tok_s: float
+    decode_tok_s: float
+    prefill_binds: Resource
+    decode_binds: Resource
+
+    def total_s(self, n_gen: int) -> float:
+        """Seconds of a generation of n_gen tokens per sequence."""
+        return self.prefill_s + (n_gen - 1) * self.decode_s
+
+
+def bound(spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, workload: Workload) -> Bound:
+    """The hardware's limit for a model, a budget and a workload.
+
+    Decode is the mean over all decode steps, or 128 evenly spread ones if there are more. Routing is the
+    workload's own: experts that it uses often may be resident, but not luckier ones.
+    """
+    prefill, *decode = workload.steps()
+    prefill_s, prefill_binds = _mean_step_s(spec, profile, vram_budget_bytes, workload, [prefill])
+    decode_s, decode_binds = 0.0, prefill_binds
+    if decode:
+        spread = np.linspace(0, len(decode) - 1, min(_MOST_STEPS, len(decode)))
+        steps = [decode[round(i)] for i in spread]
+        decode_s, decode_binds = _mean_step_s(spec, profile, vram_budget_bytes, workload, steps)
+    decode_tok_s = workload.batch / decode_s if decode_s > 0 else 0.0
+    return Bound(prefill_s, decode_s, prefill.n_tokens / prefill_s, decode_tok_s, prefill_binds, decode_binds)
+
+
+# -- the relaxed problem --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Relaxed:
+    """Means over steps. Per use (a layer's expert with so many tokens): seconds of all its columns.
+
+    use_expert, expert_layer are indices; expert_bytes, rest_bytes count for the device if resident there.
+    """
+
+    use_expert: NDArray[np.int64]
+    cpu_s: Floats
+    gpu_s: Floats
+    link_s: Floats
+    expert_layer: NDArray[np.int64]
+    expert_bytes: Floats
+    rest_bytes: Floats
+    chain_gpu_s: Floats
+    chain_cpu_s: Floats
+    ends_s: dict[Place, float]
+    ends_bytes: int
+    free_bytes: float
+
+    def value(self, cpu: float, gpu: float, link: float, per_byte: float) -> float:
+        """The dual's value: a lower bound of the mean step time for any multipliers."""
+        n_experts, n_layers = len(self.expert_layer), len(self.rest_bytes)
+        chain = cpu + gpu
+        sent = np.minimum(cpu * self.cpu_s, gpu * self.gpu_s + link * self.link_s)
+        hosted = np.bincount(self.use_expert, sent, n_experts)
+        resident = np.bincount(self.use_expert, gpu * self.gpu_s, n_experts) + per_byte * self.expert_bytes
+        mlp = np.bincount(self.expert_layer, np.minimum(hosted, resident), n_layers)
+        on_cpu = np.bincount(self.expert_layer, np.bincount(self.use_expert, cpu * self.cpu_s, n_experts), n_layers)
+        layers = np.minimum(
+            chain * self.chain_gpu_s + per_byte * self.rest_bytes + mlp, chain * self.chain_cpu_s + on_cpu
+        )
+        ends = min(chain * self.ends_s["GPU"] + per_byte * self.ends_bytes, chain * self.ends_s["CPU"])
+        return float(layers.sum() + ends - per_byte * self.free_bytes)
+
+
+def _mean_step_s(
+    spec: ModelSpec, profile: HardwareProfile, budget: int, workload: Workload, steps: Sequence[Step]
+) -> tuple[float, Resource]:
+    free = budget - activation_bytes(spec, workload.n_ctx * workload.batch, workload.batch)
+    if not profile.has_gpu or free <= 0:
+        return float(np.mean([_cpu_only_s(spec, profile, workload, step) for step in steps])), "CPU"
+    relaxed = _relax(spec, profile, free, workload, steps)
+    best_s, (cpu, gpu, link) = _maximise(relaxed)
+    without_device_s = float(relaxed.chain_cpu_s.sum() + relaxed.ends_s["CPU"] + relaxed.cpu_s.sum())
+    if best_s >= without_device_s:
+        return without_device_s, "CPU"
+    binds: tuple[tuple[float, Resource], ...] = ((gpu, "GPU"), (cpu, "CPU"), (link, "H2D"))
+    return best_s, max(binds, key=lambda pair: pair[0])[1]
+
+
+def _maximise(relaxed: _Relaxed) -> tuple[float, tuple[float, float, float]]:
+    """The best multipliers of a grid over the simplex, refined twice; any of them would be a proof."""
+    best_s, best = -np.inf, (1.0, 0.0)
+    for width, n in ((1.0, 12), (0.1, 8), (0.015, 8)):
+        centre = best if width < 1 else (0.5, 0.5)
+        offsets = np.linspace(-width / 2, width / 2, n + 1)
+        for cpu in np.clip(centre[0] + offsets, 0, 1):
+            for gpu in np.clip(centre[1] + offsets, 0, 1):
+                if cpu + gpu <= 1:
+                    value = _best_per_byte(relaxed, float(cpu), float(gpu))
+                    best_s, best = max((best_s, best), (value, (float(cpu), float(gpu))))
+    return best_s, (best[0], best[1], 1 - best[0] - best[1])
+
+
+def _best_per_byte(relaxed: _Relaxed, cpu: float, gpu: float) -> float:
+    """The dual is concave in the price of a device byte: golden section over its order of magnitude."""
+    link, golden = 1 - cpu - gpu, 0.618033988749895
+    worst_s = cpu * relaxed.cpu_s.sum() + relaxed.chain_cpu_s.sum() + relaxed.ends_s["CPU"]
+    low, high = 0.0, float(worst_s / min(relaxed.free_bytes, relaxed.expert_bytes.min()))
+    left, right = high - golden * (high - low), low + golden * (high - low)
+    at_left, at_right = relaxed.value(cpu, gpu, link, left), relaxed.value(cpu, gpu, link, right)
+    best = max(relaxed.value(cpu, gpu, link, 0.0), at_left, at_right)
+    for _ in range(30):
+        if at_left >= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - golden * (high - low)
+            best = max(best, at_left := relaxed.value(cpu, gpu, link, left))
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + golden * (high - low)
+            best = max(best, at_right := relaxed.value(cpu, gpu, link, right))
+    return best
+
+
+def _relax(
+    spec: ModelSpec, profile: HardwareProfile, free_bytes: float, workload: Workload, steps: Sequence[Step]
+) -> _Relaxed:
+    where, share = routing_of(spec, workload), 1 / len(steps)
+    experts, cpu, gpu, link = [], [], [], []
+    owners = np.repeat(np.arange(spec.n_layers), [la.ffn.n_experts for la in spec.layers])
+    sizes = np.array([float(la.ffn.columns * spec.column_bytes(i)) for i, la in enumerate(spec.layers)])[owners]
+    per_byte_s = _per_byte_s(profile)
+    for layer, la in enumerate(spec.layers):
+        first = int(np.searchsorted(owners, layer))
+        tokens = np.array([where(step, layer) for step in steps])
+        for n in np.unique(tokens[tokens > 0]).tolist():
+            columns = (tokens == n).sum(axis=0) * share * la.ffn.columns  # mean per step, of every expert
+            used = np.flatnonzero(columns)
+            experts.append(first + used)
+            cpu.append(columns[used] * _per_column_s(spec, profile, "CPU", layer, n))
+            gpu.append(columns[used] * _per_column_s(spec, profile, "GPU", layer, n))
+            link.append(columns[used] * spec.column_bytes(layer) * per_byte_s)
+    kv = [workload.batch * spec.kv_bytes(la, workload.n_ctx) for la in range(spec.n_layers)]
+    return _Relaxed(
+        use_expert=np.concatenate(experts),
+        cpu_s=np.concatenate(cpu),
+        gpu_s=np.concatenate(gpu),
+        link_s=np.concatenate(link),
+        expert_layer=owners,
+        expert_bytes=sizes,
+        rest_bytes=np.array([float(spec.rest_bytes(la) + kv[la]) for la in range(spec.n_layers)]),
+        chain_gpu_s=_chain_s(spec, profile, "GPU", steps),
+        chain_cpu_s=_chain_s(spec, profile, "CPU", steps),
+        ends_s={"GPU": _ends_s(spec, profile, "GPU", steps), "CPU": _ends_s(spec, profile, "CPU", steps)},
+        ends_bytes=ends_bytes(spec),
+        free_bytes=free_bytes,
+    )
+
+
+# -- times that no plan changes, and floors for those that it does ------------------------------------------------
+
+
+def _chain_s(spec: ModelSpec, profile: HardwareProfile, place: Place, steps: Sequence[Step]) -> Floats:
+    """Mean seconds of attention, and on the device of the join, of every layer."""
+    known: dict[object, float] = {}
+    for layer, kind in enumerate(spec.layers):
+        if kind not in known:
+            attention = (spec.attention_work(layer, s.n_tokens, s.kv_tokens, s.batch) for s in steps)
+            total_s = sum(profile.time_s(place, work).seconds for work in attention)
+            join_s = _join_s(spec, profile, kind.ffn.n_experts, steps) if place == "GPU" else 0.0
+            known[kind] = total_s / len(steps) + join_s
+    return np.array([known[kind] for kind in spec.layers])
+
+
+def _join_s(spec: ModelSpec, profile: HardwareProfile, n_experts: int, steps: Sequence[Step]) -> float:
+    """Seconds of the cheapest join of a layer, of any number of partial results."""
+    partials = range(1, n_experts + 3)
+    joins = (spec.small_work("join", n * k) for n in {step.n_tokens for step in steps} for k in partials)
+    return min(profile.time_s("GPU", join).seconds for join in joins)
+
+
+def _ends_s(spec: ModelSpec, profile: HardwareProfile, place: Place, steps: Sequence[Step]) -> float:
+    """Mean seconds of embedding, head and sampling."""
+    total_s = 0.0
+    for step in steps:
+        works = (
+            spec.small_work("embed", step.n_tokens),
+            spec.head_work(step.batch),
+            spec.small_work("sample", step.batch),
+        )
+        total_s += sum(profile.time_s(place, work).seconds for work in works)
+    return total_s / len(steps)
+
+
+def _cpu_only_s(spec: ModelSpec, profile: HardwareProfile, workload: Workload, step: Step) -> float:
+    where = routing_of(spec, workload)
+    total_s = _ends_s(spec, profile, "CPU", [step]) + float(_chain_s(spec, profile, "CPU", [step]).sum())
+    for layer, kind in enumerate(spec.layers):
+        works = [spec.ffn_work(layer, n, kind.ffn.columns) for n in where(step, layer) if n]
+        total_s += sum(profile.time_s("CPU", work).seconds for work in works)
+    return total_s
+
+
+def _per_column_s(spec: ModelSpec, profile: HardwareProfile, place: Literal["CPU", "GPU"], layer: int, n: int) -> float:
+    """Seconds per column that no MLP part of n tokens on that place goes below."""
+    one = spec.ffn_work(layer, n, 1)
+    roof_s = profile.peak(place).roofline_s(one.dtype, one.flops, one.weight_bytes)
+    return roof_s * _least_ratio(profile, place, "ffn", spec.dtype, float(n))
+
+
+def _per_byte_s(profile: HardwareProfile) -> float:
+    """Seconds per byte that no copy to the device goes below, of pinned or pageable memory."""
+    kinds: tuple[Op, ...] = ("pinned", "pageable")
+    dtypes = {c.dtype for c in profile.curves if c.resource == "H2D"} | set(DTYPE_BYTES)
+    ratios = [_least_ratio(profile, "H2D", kind, dtype, 1.0) for kind in kinds for dtype in dtypes]
+    return min(ratios) / profile.peak("H2D").bytes_per_s
+
+
+def _least_ratio(profile: HardwareProfile, resource: Resource, op: Op, dtype: str, n_tokens: float) -> float:
+    """Least ratio of time to roofline of an operation at n_tokens, over any size."""
+    peak = profile.peak(resource)
+    curve = next((c for c in profile.curves if (c.resource, c.op, c.dtype) == (resource, op, dtype)), None)
+    if curve is None:
+        return 1.0 / peak.efficiency
+    nodes = curve.grid.xs
+    clamped = min(max(n_tokens, nodes[0]), nodes[-1])
+    low, high = max(x for x in nodes if x <= clamped), min(x for x in nodes if x >= clamped)
+    ratios = []
+    for sample in curve.samples:
+        roof_s = peak.roofline_s(dtype, sample.flops, sample.weight_bytes + sample.io_bytes)
+        if low <= sample.n_tokens <= high:
+            ratios.append(sample.median_s / roof_s if roof_s > 0 else 0.0)
+    return min(ratios) / (_SHAPE_TOLERANCE if len(curve.grid.ys) == 1 else 1.0)
