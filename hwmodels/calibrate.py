@@ -8,7 +8,9 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+from hwmodels.interpolate import Grid
 from hwmodels.profile import Contention, Curve, Peak, Resource, Sample
 from hwmodels.work import Work
 
@@ -59,7 +61,7 @@ def handoffs(delays_s: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def contention(alone_s: Mapping[str, float], together_s: Mapping[str, float]) -> Contention:
     """Rates of resources working together: time alone over time together, at most 1."""
     active: tuple[Resource, ...] = tuple(together_s)  # type: ignore[assignment]
-    rate = {name: max(0.01, min(1.0, alone_s[name] / together_s[name])) for name in active}
+    rate = {str(name): max(0.01, min(1.0, alone_s[name] / together_s[name])) for name in active}
     return Contention(active, rate, "measured")
 
 
@@ -69,3 +71,39 @@ def group_medians(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
     for name, value in rows:
         groups[name].append(value)
     return {name: statistics.median(values) for name, values in groups.items()}
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How well a curve predicts what it was not told: leave-one-out errors, as shares of the measured time."""
+
+    curve: str
+    n_points: int
+    median: float
+    worst: float
+
+
+def residuals(curves: Iterable[Curve]) -> list[Residual]:
+    """Leave-one-out errors of every curve that has points between others.
+
+    Each inner node of an axis is left out with its whole line and predicted from its neighbours.
+    """
+    found = []
+    for curve in curves:
+        errors = _left_out(curve.grid)
+        if errors:
+            name = f"{curve.resource} {curve.op} {curve.dtype}"
+            found.append(Residual(name, len(errors), statistics.median(errors), max(errors)))
+    return found
+
+
+def _left_out(grid: Grid) -> list[float]:
+    errors = []
+    for i in range(1, len(grid.xs) - 1):
+        rest = Grid((*grid.xs[:i], *grid.xs[i + 1 :]), grid.ys, (*grid.values[:i], *grid.values[i + 1 :]))
+        errors += [abs(rest.at(grid.xs[i], y) / value - 1) for y, value in zip(grid.ys, grid.values[i], strict=True)]
+    for j in range(1, len(grid.ys) - 1):
+        rows = tuple((*row[:j], *row[j + 1 :]) for row in grid.values)
+        rest = Grid(grid.xs, (*grid.ys[:j], *grid.ys[j + 1 :]), rows)
+        errors += [abs(rest.at(x, grid.ys[j]) / row[j] - 1) for x, row in zip(grid.xs, grid.values, strict=True)]
+    return errors

@@ -27,6 +27,7 @@ from transformers import DynamicCache
 from transformers.activations import ACT2FN
 
 from hwmodels.calibrate import fastest, handoffs, summarise
+from hwmodels.load import LoadMeter
 from hwmodels.machine import fingerprint
 from hwmodels.profile import RESOURCES, Contention, Curve, HardwareProfile, Resource, Sample
 from hwmodels.work import Op, Work, copy
@@ -82,6 +83,7 @@ def calibrate(
     grid = _within(QUICK if quick else FULL, spec)
     small = shrunk(config, _CALIBRATION_BYTES)
     curves: list[Curve] = []
+    meter = LoadMeter.start()
     with tqdm(total=6, desc=f"calibrate for {name}", unit="part", disable=not progress, leave=False) as bar:
         for place in ("GPU", "CPU"):
             bar.set_postfix_str(f"attention and head on the {place}")
@@ -99,7 +101,7 @@ def calibrate(
         name=f"{device.partition(':')[0]}-{name}",
         device="emulated" if device == "emulated" else "cuda",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        fingerprint={**fingerprint(), **_versions(device)},
+        fingerprint={**fingerprint(), **_versions(device), "others_load": _percent(meter.others())},
         vram_bytes=device_bytes(device),
         host_bytes=host_bytes(),
         cpu_threads=threads,
@@ -127,6 +129,10 @@ def device_bytes(device: str) -> int:
     if device == "emulated":
         return host_bytes() // 2
     return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{share:.0%}"
 
 
 def _versions(device: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from hwmodels.errors import PlanError
+from hwmodels.load import LoadMeter
 from runtime.session import PlannedModel
 from sim.timeline import Timeline
 from sim.workload import RoutingTrace
@@ -17,7 +18,11 @@ from sim.workload import RoutingTrace
 
 @dataclass(frozen=True)
 class Measured:
-    """One generation. tokens are the new ones of the first sequence; peak_vram_bytes is since loading."""
+    """One generation.
+
+    tokens are the new ones of the first sequence, peak_vram_bytes is since loading, others_load is the
+    share of all cores that other processes took meanwhile (None where the system does not tell).
+    """
 
     ttft_s: float
     tpot_s: float
@@ -25,6 +30,7 @@ class Measured:
     routing: RoutingTrace
     tokens: tuple[int, ...]
     peak_vram_bytes: int
+    others_load: float | None
 
     @property
     def total_s(self) -> float:
@@ -56,12 +62,16 @@ def measure(
 
 
 def _once(model: PlannedModel, ids: torch.Tensor, n_gen: int, streamer: BaseStreamer | None, n_depth: int) -> Measured:
+    meter = LoadMeter.start()
     out = _generate(model, ids, n_gen, streamer, n_depth)
+    others_load = meter.others()
     timeline, routing = model.last_timeline, model.last_routing
     assert timeline is not None, "generate has run"
     assert routing is not None, "generate has run"
     tokens = tuple(int(t) for t in out[0, ids.shape[1] :])
-    return Measured(timeline.ttft_s, timeline.tpot_s, timeline, routing, tokens, model.executor.device.peak_bytes())
+    return Measured(
+        timeline.ttft_s, timeline.tpot_s, timeline, routing, tokens, model.executor.device.peak_bytes(), others_load
+    )
 
 
 def _generate(

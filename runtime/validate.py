@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from hwmodels.errors import PlanError
+from hwmodels.load import BUSY_SHARE
 from hwmodels.machine import fingerprint
 from hwmodels.profile import HardwareProfile
 from hwmodels.provenance import versions
@@ -85,7 +86,10 @@ def validate(folders: Sequence[Path], out: Path, job: Job, command: str, text: I
         rows += [dict(row) for row in result.rows]
         files += own_files
     assert profile is not None, "at least one model"
-    notes = ["Plans ran with fixed prompts and greedy decoding; the routing that occurred was replayed in simulation."]
+    notes = [
+        "Plans ran with fixed prompts and greedy decoding; the routing that occurred was replayed in simulation.",
+        *_load_notes(rows),
+    ]
     report = Report(
         results=results,
         profile=profile,
@@ -129,6 +133,14 @@ def _validate_model(
         isolated=compare(shown.isolated, shown.median.timeline),
     )
     return result, files
+
+
+def _load_notes(rows: Sequence[Row]) -> list[str]:
+    """A sentence where others kept the machine busy, since the numbers are noisy then."""
+    loads = [load for row in rows if isinstance(load := row.get("others_load"), float)]
+    if not loads or max(loads) <= BUSY_SHARE:
+        return []
+    return [f"Other processes took up to {max(loads):.0%} of the machine during the runs: the numbers are noisy."]
 
 
 def _plans(
@@ -218,6 +230,7 @@ def _row(spec: ModelSpec, run: Run, workload: Workload, limit: Bound) -> Row:
         "vram_bytes": run.median.peak_vram_bytes,
         "predicted_vram_bytes": memory(spec, run.plan).vram_bytes,
         "overlap": shown.overlap,
+        "others_load": run.median.others_load,
         "tokens": list(run.median.tokens),
     }
 
