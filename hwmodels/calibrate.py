@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hwmodels.interpolate import Grid
-from hwmodels.profile import Contention, Curve, Peak, Resource, Sample
+from hwmodels.profile import RESOURCES, Contention, Curve, Peak, Resource, Sample
 from hwmodels.work import Work
 
 
@@ -60,7 +60,7 @@ def handoffs(delays_s: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 def contention(alone_s: Mapping[str, float], together_s: Mapping[str, float]) -> Contention:
     """Rates of resources working together: time alone over time together, at most 1."""
-    active: tuple[Resource, ...] = tuple(together_s)  # type: ignore[assignment]
+    active = tuple(name for name in RESOURCES if name in together_s)
     rate = {str(name): max(0.01, min(1.0, alone_s[name] / together_s[name])) for name in active}
     return Contention(active, rate, "measured")
 
