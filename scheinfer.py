@@ -102,9 +102,8 @@ def plan(
     exponent of expert popularity that routing is sampled with.
     """
     from hwmodels.units import parse_size
-    from runtime.resolve import check_context
     from sim import planner
-    from sim.workload import Workload
+    from sim.workload import Workload, check_context
 
     workload = Workload(n_prompt, n_gen, batch, n_depth, seed, skew)
     check_context(spec, workload)
@@ -178,9 +177,9 @@ def _plan_for(
 ) -> Plan:
     from hwmodels.units import parse_size
     from runtime.autoplan import Request, choose_plan
-    from runtime.resolve import check_context, resolve_model
+    from runtime.resolve import resolve_model
     from sim.plan import Plan, load_plan
-    from sim.workload import Workload
+    from sim.workload import Workload, check_context
 
     if isinstance(plan, Plan):
         return plan

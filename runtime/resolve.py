@@ -6,9 +6,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from hwmodels.errors import CheckpointError, FormatError, ModelError
+from hwmodels.errors import CheckpointError, ModelError
 from sim.model import ModelSpec, load_model
-from sim.workload import Workload
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -59,12 +58,3 @@ def _cached_folder(name: str) -> Path | None:
         return Path(snapshot_download(name, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-
-
-def check_context(spec: ModelSpec, workload: Workload) -> None:
-    """FormatError if a sequence of the workload outgrows the positions that the model knows."""
-    if workload.n_ctx > spec.max_positions:
-        raise FormatError(
-            f"{workload.n_depth} tokens of depth, {workload.n_prompt} of prompt and {workload.n_gen} to generate pass "
-            f"the {spec.max_positions} positions of {spec.name}; shorten one of them"
-        )

@@ -63,6 +63,15 @@ class Step:
     batch: int = 1
 
 
+def check_context(spec: ModelSpec, workload: Workload) -> None:
+    """FormatError if a sequence of the workload outgrows the positions that the model knows."""
+    if workload.n_ctx > spec.max_positions:
+        raise FormatError(
+            f"{workload.n_depth} tokens of depth, {workload.n_prompt} of prompt and {workload.n_gen} to generate pass "
+            f"the {spec.max_positions} positions of {spec.name}; shorten one of them"
+        )
+
+
 @dataclass(frozen=True)
 class RoutingTrace:
     """Tokens per expert, by step name and layer: recorded from a run, or sampled."""

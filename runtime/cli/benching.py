@@ -19,14 +19,14 @@ from runtime.cli.files import check_folder
 from runtime.cli.result_columns import MEASURED_COLUMNS
 from runtime.cli.running import Source, open_source
 from runtime.demo_models import write_demo_models
-from runtime.resolve import check_context, resolve_folder, resolve_model
+from runtime.resolve import resolve_folder, resolve_model
 from runtime.validate import DEFAULT_POLICIES, Job
 from runtime.validate import validate as run_validation
 from sim import planner
 from sim.plan import Plan, check_plan, load_plan
-from sim.policies import POLICIES, policy
+from sim.policies import known_policies
 from sim.rows import Row
-from sim.workload import Workload
+from sim.workload import Workload, check_context
 
 # -- bench --------------------------------------------------------------------------------------------
 
@@ -49,15 +49,6 @@ def bench(flags: Namespace) -> None:
         source.folder, source.spec, source.tokenizer, profile, flags.device, flags.threads, flags.host_budget
     )
     emit(flags, [*run_bench(target, plans, job, progress=not flags.quiet), *refused], MEASURED_COLUMNS)
-
-
-def known_policies(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of policies, `all` for every one; PlanError for an unknown one."""
-    if "all" in names:
-        return tuple(POLICIES)
-    for name in names:
-        policy(name)
-    return tuple(names)
 
 
 def _given(path: Path, source: Source, workload: Workload) -> Plan:

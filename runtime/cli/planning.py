@@ -16,7 +16,7 @@ from runtime.cli.console import emit, note, say
 from runtime.cli.files import check_file, check_folder
 from runtime.cli.result_columns import ERROR_COLUMNS, SIMULATED_COLUMNS
 from runtime.cli.table import Row
-from runtime.resolve import check_context, resolve_model
+from runtime.resolve import resolve_model
 from sim import planner
 from sim.bounds import bound
 from sim.compare import Comparison
@@ -27,7 +27,7 @@ from sim.rows import simulated_row
 from sim.simulate import forecast
 from sim.simulate import simulate as run_simulation
 from sim.timeline import load_timeline
-from sim.workload import RoutingTrace, Workload
+from sim.workload import RoutingTrace, Workload, check_context
 
 
 def plan(flags: Namespace) -> None:

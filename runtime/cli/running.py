@@ -17,13 +17,13 @@ from hwmodels.units import format_bytes, format_number, format_seconds
 from runtime.autoplan import Request, choose_plan
 from runtime.cli.console import emit, note
 from runtime.cli.files import check_file, write_whole
-from runtime.resolve import check_context, resolve_folder, resolve_model
+from runtime.resolve import resolve_folder, resolve_model
 from runtime.session import PlannedModel, load_planned
 from runtime.tokens import IdStreamer, decode, load_tokenizer, prompt_ids
 from sim.model import ModelSpec
 from sim.plan import Plan, check_plan, load_plan
 from sim.rows import Speeds, measured_row
-from sim.workload import Workload
+from sim.workload import Workload, check_context
 
 DEFAULT_PROMPT = "Once upon a time"
 

@@ -10,10 +10,9 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from hwmodels.errors import CheckpointError, FormatError
 from runtime.cli.console import note
 from runtime.cli.running import complete, load, open_source, timings
-from runtime.resolve import check_context
 from runtime.session import PlannedModel
 from runtime.tokens import decode
-from sim.workload import Workload
+from sim.workload import Workload, check_context
 
 Message = dict[str, str]
 
