@@ -30,6 +30,7 @@ FfnKind = Literal["dense", "experts"]
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 _MIXTRAL_LIKE = ("mixtral", "phimoe")
+RUNNABLE = ("llama", "mistral", "qwen2", "qwen3", *_MIXTRAL_LIKE, "qwen2_moe", "qwen3_moe")
 
 
 class FfnKeys(NamedTuple):
@@ -60,7 +61,13 @@ class Adapter:
         if config.get("quantization_config"):
             method = dict(config["quantization_config"]).get("quant_method", "an unnamed method")
             raise ModelError(f"{name}: the weights are quantised ({method}); use the checkpoint they were made from")
-        return Adapter(from_config(config, name))
+        spec = from_config(config, name)
+        if spec.family not in RUNNABLE:
+            raise ModelError(
+                f"{name}: models of family {spec.family} can be planned and simulated, not run; "
+                f"families that run: {', '.join(RUNNABLE)}"
+            )
+        return Adapter(spec)
 
     # -- MLP weights ----------------------------------------------------------------------------------
 
