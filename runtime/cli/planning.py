@@ -43,7 +43,7 @@ def plan(flags: Namespace) -> None:
         made.save(flags.out)
         note(flags, f"wrote {flags.out}")
     if flags.explain:
-        say(flags, planner.explain(made, spec, profile, workload))
+        say(flags, planner.explain(spec, profile, made, workload))
     timeline = run_simulation(spec, made, profile, workload, every_step=False)
     limit = bound(spec, profile, budget, workload)
     emit(flags, [simulated_row(spec, made, profile, workload, timeline, limit)], SIMULATED_COLUMNS)
