@@ -171,7 +171,7 @@ def _headline(result: ModelResult) -> str:
         )
         return f"{result.model}: {speed}; nothing was measured."
     best = measured[0]
-    measured_speed, simulated_speed, error = _speeds(best, "decode_tok_s", None)
+    measured_speed, simulated_speed, error = _speeds(best, "decode_tok_s")
     text = f"{result.model}: {best['policy']} decodes fastest, {measured_speed} tokens/s measured "
     text += f"(simulated {simulated_speed}, {error})"
     others = [row for row in measured if row["policy"] not in OWN_POLICIES]
@@ -221,21 +221,22 @@ def _cells(row: Row) -> tuple[str, ...]:
     sizes = (row.get("vram_bytes"), row.get("h2d_bytes"))
     return (
         str(row["policy"]),
-        *_speeds(row, "decode_tok_s", row.get("stddev")),
-        *_speeds(row, "prefill_tok_s", None),
+        *_speeds(row, "decode_tok_s"),
+        *_speeds(row, "prefill_tok_s"),
         "" if _absent(bound) else f"{bound:.0%}",
         *("" if size is None or _absent(size) else format_bytes(size) for size in sizes),
     )
 
 
-def _speeds(row: Row, key: str, stddev: Any) -> tuple[str, str, str]:
+def _speeds(row: Row, key: str) -> tuple[str, str, str]:
     """Measured, simulated and error of a key as texts; a dash for what was not measured."""
     value, predicted = row.get(key), row.get(f"predicted_{key}")
     if value is None or _absent(value):
         return "–", "–", ""
     if predicted is None or _absent(predicted):
         return "–", format_number(value), ""
-    spread = "" if _absent(stddev) else f" ± {stddev:.2g}"
+    stddev = row.get("stddev", {}).get(key)
+    spread = "" if stddev is None or _absent(stddev) else f" ± {stddev:.2g}"
     error = f"{predicted / value - 1:+.1%}" if value else ""
     return f"{format_number(value)}{spread}", format_number(predicted), error
 

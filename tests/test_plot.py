@@ -33,7 +33,7 @@ def rows(model: str = "mixtral") -> list[dict[str, Any]]:
             "policy": policy,
             "decode_tok_s": 8.0 - i,
             "predicted_decode_tok_s": (8.0 - i) * 1.1,
-            "stddev": 0.1,
+            "stddev": {"decode_tok_s": 0.1},
             "bound_decode_tok_s": 10.0,
             "vram_bytes": (8 - i) * 2**30,
         }

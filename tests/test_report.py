@@ -149,10 +149,10 @@ def test_rows_read_back_as_parquet_with_a_column_per_entry(folder):
 
 
 def test_a_gap_and_a_numpy_scalar_can_be_written(tmp_path):
-    rows = [row("auto", 1.0, 1.0, stddev=math.nan, vram_bytes=np.int64(2**30), evidence={}), row("cpu-only", 1.0, 1.0)]
+    rows = [row("auto", 1.0, 1.0, noise=math.nan, vram_bytes=np.int64(2**30), evidence={}), row("cpu-only", 1.0, 1.0)]
     page_of(tmp_path, results=[ModelResult("tiny", rows)])
     first = json.loads((tmp_path / "rows.json").read_text())["rows"][0]
-    assert (first["stddev"], first["vram_bytes"]) == (None, 2**30)
+    assert (first["noise"], first["vram_bytes"]) == (None, 2**30)
     assert len(pd.read_parquet(tmp_path / "rows.parquet")) == 2
 
 
