@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from sim.bounds import Bound, bound
-from sim.planner import plan as make_plan
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
@@ -29,10 +27,12 @@ from runtime.budget import half_budget
 from runtime.cache import cached_profile
 from runtime.measure import Measured, measure, median_run
 from runtime.session import load_planned
+from sim.bounds import Bound, bound
 from sim.compare import compare
 from sim.memory import memory
 from sim.model import ModelSpec, load_model
 from sim.plan import Plan
+from sim.planner import plan as make_plan
 from sim.report import ModelResult, Report, write_report
 from sim.rows import Row, measured_row, prediction_keys
 from sim.simulate import simulate
@@ -118,11 +118,14 @@ def _validate_model(
     with tqdm(total=len(plans), desc=f"run {spec.name}", unit="plan", disable=not job.progress, leave=False) as bar:
         for plan in plans:
             bar.set_postfix_str(plan.policy)
-            streamer = TextStreamer(tokenizer, skip_prompt=True) if tokenizer is not None and plan is best else None
-            runs.append(_run(folder, spec, plan, profile, workload, prompt, job, _redirected(streamer, text)))
+            streamer = None
+            if tokenizer is not None and plan is best:
+                bar.clear()  # the text takes the bar's place for as long as it streams
+                streamer = _announced(tokenizer, f"{spec.name}, {plan.policy}: ", text)
+            runs.append(_run(folder, spec, plan, profile, workload, prompt, job, streamer))
             bar.update()
     limit = bound(spec, profile, budget, workload)
-    rows = [_row(spec, run, workload, limit) for run in runs] + refused
+    rows = sorted((_row(spec, run, workload, limit) for run in runs), key=_by_speed) + refused
     shown = next(run for run in runs if run.plan is best)
     files = _save(out, spec, profile, shown)
     result = ModelResult(
@@ -207,13 +210,16 @@ def prompt_ids(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, n_pro
     return (once * (n_prompt // len(once) + 1))[:n_prompt]
 
 
-def _redirected(streamer: TextStreamer | None, text: IO[str]) -> TextStreamer | None:
-    if streamer is not None:
+def _announced(tokenizer: PreTrainedTokenizerBase, title: str, text: IO[str]) -> TextStreamer:
+    """A streamer that writes the title, then the new tokens as they come, to `text`."""
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    begin = [title]
 
-        def write(piece: str, stream_end: bool = False) -> None:
-            print(piece, end="\n" if stream_end else "", file=text, flush=True)
+    def write(piece: str, stream_end: bool = False) -> None:
+        head = begin.pop() if begin else ""
+        print(head + piece, end="\n" if stream_end else "", file=text, flush=True)
 
-        streamer.on_finalized_text = write  # type: ignore[method-assign, assignment]
+    streamer.on_finalized_text = write  # type: ignore[method-assign, assignment]
     return streamer
 
 
@@ -233,6 +239,12 @@ def _row(spec: ModelSpec, run: Run, workload: Workload, limit: Bound) -> Row:
         "others_load": run.median.others_load,
         "tokens": list(run.median.tokens),
     }
+
+
+def _by_speed(row: Row) -> float:
+    speed = row["decode_tok_s"]
+    assert isinstance(speed, float), "a measured row has its speed"
+    return -speed
 
 
 def _shape(spec: ModelSpec, budget: int) -> str:
