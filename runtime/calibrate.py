@@ -31,6 +31,7 @@ from hwmodels.load import LoadMeter
 from hwmodels.machine import fingerprint
 from hwmodels.profile import RESOURCES, Contention, Curve, HardwareProfile, Resource, Sample
 from hwmodels.work import Op, Work, copy
+from runtime.adapter import Adapter
 from runtime.checkpoint import read_config
 from runtime.devices import device_name, open_device
 from runtime.microbench import MicroBench
@@ -79,7 +80,7 @@ def calibrate(
     config = dict(read_config(folder)) if folder is not None else dict(DEFAULT_CONFIG)
     config |= {"dtype": dtype} if dtype != "auto" else {}
     name = folder.name if folder is not None else "default-shape"
-    spec, device = from_config(config, name), device_name(device)
+    spec, device = Adapter.of(config, name).spec, device_name(device)
     grid = _within(QUICK if quick else FULL, spec)
     small = shrunk(config, _CALIBRATION_BYTES)
     curves: list[Curve] = []

@@ -1,4 +1,4 @@
-"""What MODEL means: a checkpoint folder, a config.json, or a hub id in the local Hugging Face cache."""
+"""What MODEL means: a checkpoint folder, a config.json, a built-in shape, or a hub id in the local cache."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hwmodels.errors import CheckpointError, ModelError
+from sim import shapes
 from sim.model import ModelSpec, load_model
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -18,9 +19,11 @@ def resolve_model(text: str | Path, dtype: str = "auto") -> ModelSpec:
     if path.exists():
         return load_model(path, dtype)
     name = str(text)
+    if name in shapes.names():
+        return shapes.shape(name, dtype)
     config = _cached_config(name) if _HUB_ID.fullmatch(name) else None
     if config is None:
-        raise ModelError(_not_found(name))
+        raise ModelError(f"{_not_found(name)}; {shapes.unknown(name)}")
     return replace(load_model(config, dtype), name=name)
 
 

@@ -193,8 +193,9 @@ def _kimi_delta(config: Config) -> AttentionSpec:
     d_model, linear = config.need("hidden_size"), config.inside("linear_attn_config")
     n_heads, dim, kernel = (linear.need(k) for k in ("num_heads", "head_dim", "short_conv_kernel_size"))
     width = n_heads * dim
-    gates = d_model * width if linear.flag("use_full_rank_gate") else d_model * dim + dim * width
-    n_params = 4 * d_model * width + 2 * gates + 3 * width * kernel + width + n_heads + d_model * n_heads + dim
+    low_rank = d_model * dim + dim * width
+    gates = low_rank + (d_model * width if linear.flag("use_full_rank_gate") else low_rank)  # decay, and output
+    n_params = 4 * d_model * width + gates + 3 * width * kernel + width + n_heads + d_model * n_heads + dim
     return _recurrent((n_heads, n_heads, dim), n_params, n_heads * dim * dim, 3 * width * kernel, _DELTA_FLOPS)
 
 

@@ -1,11 +1,6 @@
 """Sizes of well-known models by name, so that nothing need be downloaded to plan for them.
 
-The configs are in figures/*.json, reduced to what decides sizes, each with its source:
-
-config    the published config.json, as copied in aiconfigurator's public source
-maxtext   the model's description in MaxText
-copy      a copy of the published config.json in a public repository's tests or notes
-recall    not checked against the publication
+The configs are in figures/*.json, reduced to what decides sizes, each with its source.
 """
 
 from __future__ import annotations
@@ -22,6 +17,13 @@ from sim.model import ModelSpec, from_config
 
 _FOLDER = Path(__file__).parent / "figures"
 _NEAREST = 3
+
+SOURCES = {
+    "config": "the published config.json, as copied in aiconfigurator's source",
+    "maxtext": "the model's description in MaxText",
+    "copy": "a copy of the published config.json in public tests or notes",
+    "recall": "memory, not checked against the publication",
+}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 
 from hwmodels.catalog import hardware as find_hardware
 from hwmodels.catalog import names as hardware_names
@@ -14,9 +13,11 @@ from runtime.cli import profile_rows
 from runtime.cli.console import emit, note, say
 from runtime.cli.files import check_file
 from runtime.cli.model_rows import COLUMNS as MODEL_COLUMNS
-from runtime.cli.model_rows import part_rows
+from runtime.cli.model_rows import LIST_COLUMNS as MODEL_LIST_COLUMNS
+from runtime.cli.model_rows import part_rows, shape_rows
 from runtime.cli.table import Row, key
 from runtime.resolve import resolve_folder, resolve_model
+from sim.shapes import SOURCES, shapes
 
 # -- doctor -------------------------------------------------------------------------------------------
 
@@ -120,5 +121,12 @@ def _kind(profile: HardwareProfile) -> str:
 
 def models(flags: Namespace) -> None:
     """List built-in shapes, or show a model's bytes and FLOPs by part."""
-    spec = resolve_model(Path(flags.name), flags.dtype)
+    if flags.name is None:
+        emit(flags, shape_rows(), MODEL_LIST_COLUMNS)
+        return
+    spec = resolve_model(flags.name, flags.dtype)
+    if flags.name in shapes():
+        known = shapes()[flags.name]
+        heading = f"{spec.name} ({spec.id}); source of the sizes: {SOURCES[known.source]}"
+        say(flags, "\n".join(filter(None, (heading, known.note))))
     emit(flags, part_rows(spec), MODEL_COLUMNS)

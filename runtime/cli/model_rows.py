@@ -1,4 +1,4 @@
-"""A model's bytes and FLOPs by part, as rows."""
+"""Built-in models, and a model's bytes and FLOPs by part, as rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from dataclasses import asdict, dataclass
 from hwmodels.units import format_bytes, format_number
 from runtime.cli.table import Row, key, quantity
 from sim.model import ModelSpec
+from sim.shapes import names, shape, shapes
 
+LIST_COLUMNS = (
+    key("name"),
+    key("family"),
+    quantity("billions", "billion parameters", format_number),
+    quantity("active_billions", "active", format_number),
+    key("experts"),
+    quantity("bytes", "size", format_bytes),
+    key("source", "sizes from"),
+    key("note"),
+)
 COLUMNS = (
     key("part"),
     quantity("bytes", "size", format_bytes),
@@ -41,10 +52,39 @@ def part_rows(spec: ModelSpec) -> list[Row]:
         spec.weight_bytes,
         sum(part.bytes_per_token for part in parts),
         sum(part.flops_per_token for part in parts),
-        f"{spec.n_params / 1e9:.3g} billion parameters, {spec.dtype}, {spec.max_positions} positions",
+        f"{format_number(spec.n_params / 1e9)} billion parameters, {spec.dtype}, {spec.max_positions} positions",
     )
-    kv_bytes = sum(spec.kv_bytes(i, 1) for i in range(spec.n_layers))
-    return [asdict(part) for part in (*parts, total, Part("KV cache of a token", kv_bytes, 0.0, 0.0))]
+    rows = [*parts, total, Part("KV cache of a token", _kv_bytes(spec, 1) - _kv_bytes(spec, 0), 0.0, 0.0)]
+    if _kv_bytes(spec, 0):
+        rows.append(Part("recurrent state", _kv_bytes(spec, 0), 0.0, 0.0, "of a sequence, whatever its length"))
+    return [asdict(part) for part in rows]
+
+
+def shape_rows() -> list[Row]:
+    """Every built-in model, in its 16-bit form."""
+    return [_shape_row(name, shape(name)) for name in names()]
+
+
+def _shape_row(name: str, spec: ModelSpec) -> Row:
+    widest = max((layer.ffn for layer in spec.layers), key=lambda ffn: ffn.n_experts)
+    experts = sum(la.ffn.top_k * spec.ffn_work(i, 1, la.ffn.columns).weight_bytes for i, la in enumerate(spec.layers))
+    active_bytes = experts + spec.head_bytes + sum(spec.rest_bytes(i) for i in range(spec.n_layers))
+    return {
+        "name": name,
+        "family": spec.family,
+        "billions": spec.n_params / 1e9,
+        "active_billions": active_bytes / spec.dtype_bytes / 1e9,
+        "experts": f"{widest.top_k} of {widest.n_experts}" if widest.is_moe else "",
+        "bytes": spec.weight_bytes,
+        "layers": spec.n_layers,
+        "published_billions": shapes()[name].billions,
+        "source": shapes()[name].source,
+        "note": shapes()[name].note,
+    }
+
+
+def _kv_bytes(spec: ModelSpec, n_tokens: int) -> int:
+    return sum(spec.kv_bytes(i, n_tokens) for i in range(spec.n_layers))
 
 
 def _tied(spec: ModelSpec) -> str:
