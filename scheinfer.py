@@ -26,6 +26,10 @@ from hwmodels.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from concurrent.futures import Executor
+
+    import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
     from hwmodels.profile import HardwareProfile
@@ -52,6 +56,7 @@ __all__ = [
     "model",
     "plan",
     "simulate",
+    "sweep",
 ]
 
 
@@ -197,3 +202,59 @@ def compare(simulated: Timeline, measured: Timeline) -> Comparison:
     from sim.compare import compare as side_by_side
 
     return side_by_side(simulated, measured)
+
+
+def sweep(
+    models: Sequence[ModelSpec | str | Path],
+    hardware: Sequence[HardwareProfile | str | Path],
+    policies: str | Sequence[str] = "all",
+    vram_budgets: Sequence[str | int] | None = None,
+    n_prompt: Sequence[int] = (512,),
+    n_gen: Sequence[int] = (128,),
+    *,
+    batch: Sequence[int] = (1,),
+    n_depth: Sequence[int] = (0,),
+    seed: int = 0,
+    skew: float = 0.0,
+    executor: Executor | None = None,
+    workers: int = 1,
+    out: str | Path | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Simulate every combination; one row each, with `refused` where a policy has no plan.
+
+    executor is any of concurrent.futures' (a Dask client has `get_executor()`); without one, `workers`
+    processes simulate. vram_budgets None is all that each machine has. With a folder `out`, what is there
+    already is not simulated again. Raises ExecutionError if a simulation failed.
+    """
+    from itertools import product
+
+    import pandas as pd
+
+    from hwmodels.units import parse_size
+    from sim.sweep import grid
+    from sim.sweep import sweep as run
+    from sim.workload import Workload
+
+    lengths = product(n_prompt, n_gen, batch, n_depth)
+    points = grid(
+        [_spec(item) for item in models],
+        [_profile(item) for item in hardware],
+        [policies] if isinstance(policies, str) else policies,
+        None if vram_budgets is None else [parse_size(size, "vram_budgets") for size in vram_budgets],
+        [Workload(p, n, b, d, seed, skew) for p, n, b, d in lengths],
+    )
+    swept = run(points, None if out is None else Path(out), executor, workers, progress)
+    if swept.failures:
+        raise ExecutionError(f"{len(swept.failures)} of {len(points)} simulations: {swept.failures[0]['failed']}")
+    return pd.DataFrame(list(swept.rows))
+
+
+def _spec(item: ModelSpec | str | Path) -> ModelSpec:
+    return model(item) if isinstance(item, (str, Path)) else item
+
+
+def _profile(item: HardwareProfile | str | Path) -> HardwareProfile:
+    from hwmodels.catalog import hardware as find
+
+    return find(item) if isinstance(item, (str, Path)) else item

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hwmodels.errors import PlanError
 from sim.compile import compile_step
 from sim.cost import price
 from sim.engine import schedule
@@ -140,7 +139,7 @@ class _Search:
     def found(self) -> Found:
         """The best plan, checked, and the counts."""
         if self.best is None:
-            raise PlanError(f"{self.policy}: no placement fits into the budget beside attention, KV cache and slots")
+            raise self.problem.none_fits(self.policy)
         bounds, n_simulated = np.concatenate(self.bounds), len(self.simulated)
         n_left = max(0, int((bounds < self.best_s * _EQUAL).sum()) - n_simulated)
         n_pruned = len(bounds) - n_left - n_simulated

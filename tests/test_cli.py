@@ -159,9 +159,9 @@ def test_planning_commands_never_load_torch(world: World) -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_every_flag_explains_itself(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command.name, "--help"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = "".join(capsys.readouterr().out.split())  # lines may break at any space or hyphen
     for option in command.all_options:
-        assert " ".join(option.help.split()) in shown, option.names
+        assert "".join(option.help.split()) in shown, option.names
 
 
 def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,6 +215,32 @@ def test_without_contention_nothing_is_slower(run: Run) -> None:
     [shared] = json.loads(run(*SIMULATE, "-o", "json"))
     [alone] = json.loads(run(*SIMULATE, "--no-contention", "-o", "json"))
     assert alone["tpot_s"] <= shared["tpot_s"]
+
+
+# -- sweep --------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_answers_every_combination_and_goes_on_where_it_was(run: Run, world: World) -> None:
+    words = (
+        "sweep",
+        "-m",
+        "{model}",
+        "--hardware",
+        "{hardware}",
+        "--policy",
+        "cpu-only,gpu-only",
+        "-p",
+        "8,16",
+        "-n",
+        "4",
+    )
+    budgets = ("--vram-budget", f"{half_the_mlps(world.model)},1MiB", "--out", "{out}", "-o", "json")
+    rows = json.loads(run(*words, *budgets, "-q"))
+    assert len(rows) == 2 * 2 * 2
+    assert {row["policy"] for row in rows if row["refused"]} == {"gpu-only"}
+    assert all(set(row) >= RESULT_KEYS for row in rows)
+    assert len(pd.read_parquet(world.out / "rows.parquet")) == 8
+    assert json.loads(run(*words, *budgets, "-q")) == rows
 
 
 # -- the environment ----------------------------------------------------------------------------------

@@ -52,6 +52,13 @@ def test_a_plan_file_loads_like_a_plan(tiny_checkpoint: TinyCheckpoint, tmp_path
     model.close()
 
 
+def test_a_sweep_is_a_table_of_every_combination(tiny_checkpoint: TinyCheckpoint) -> None:
+    models, machines = [tiny_checkpoint("llama"), scheinfer.model(tiny_checkpoint("mixtral"))], [small_machine()]
+    table = scheinfer.sweep(models, machines, "cpu-only", ["64KiB", "1MiB"], n_prompt=[4, 8], n_gen=[3])
+    assert len(table) == 2 * 2 * 2
+    assert table["decode_tok_s"].gt(0).all()
+
+
 def test_mistakes_are_value_errors_with_words(tiny_checkpoint: TinyCheckpoint) -> None:
     spec, hw = scheinfer.model(tiny_checkpoint("llama")), small_machine()
     with pytest.raises(scheinfer.ProfileError, match="no hardware profile 'rtx1'"):

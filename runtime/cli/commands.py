@@ -99,6 +99,41 @@ COMMANDS = (
         ),
     ),
     Command(
+        "sweep",
+        "simulate a grid of models, machines, policies, budgets and lengths",
+        "runtime.cli.sweeping:sweep",
+        (
+            replace(
+                o.MODEL, help="models, comma list: folders, config.json files, built-in shapes", parse=values.names
+            ),
+            replace(o.HARDWARE, help="profiles, comma list: names or files", parse=values.names),
+            replace(o.POLICIES, default=("all",), shown="all"),
+            Option(
+                ("--vram-budget",),
+                "device memory, comma list with ranges such as 4GiB-24GiB+4GiB",
+                values.sizes,
+                shown="all that each profile has",
+                metavar="SIZES",
+            ),
+            replace(
+                o.N_PROMPT, help="prompt tokens, comma list or range", parse=values.counts, default=(512,), shown="512"
+            ),
+            replace(
+                o.N_GEN, help="generated tokens, comma list or range", parse=values.counts, default=(128,), shown="128"
+            ),
+            o.N_DEPTHS,
+            replace(
+                o.BATCH, help="sequences at once, comma list or range", parse=values.counts, default=(1,), shown="1"
+            ),
+            o.SEED,
+            o.SKEW,
+            o.DTYPE,
+            Option(("--workers",), "processes that simulate", values.count, 1, metavar="N"),
+            Option(("--dask",), "or the address of a Dask scheduler whose workers simulate", metavar="ADDRESS"),
+            out("folder of the rows; a sweep that was interrupted goes on there"),
+        ),
+    ),
+    Command(
         "generate",
         "generate text by plan; text to stdout, timings to stderr",
         "runtime.cli.running:generate",

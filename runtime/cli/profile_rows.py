@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
+from hwmodels.calibrate import residuals
 from hwmodels.profile import Curve, HardwareProfile, Peak
 from hwmodels.units import format_number
 from runtime.cli.table import Row, key
@@ -55,4 +56,6 @@ def _curve(curve: Curve) -> Row:
     label = f"curve of {curve.op}, {curve.dtype}: {len(curve.samples)} points"
     if curve.source == "measured":
         label += f", spread {scatter:.0%}"
+        for residual in residuals([curve]):
+            label += f", a point left out is predicted within {residual.median:.0%} (worst {residual.worst:.0%})"
     return _row(curve.resource, label, fastest / 1e9, "GB/s at best", curve.source)

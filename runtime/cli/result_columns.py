@@ -51,6 +51,18 @@ SIMULATED_COLUMNS = (
     quantity("h2d_busy", "H2D busy", _percent),
 )
 
+SWEPT_COLUMNS = (
+    key("model"),
+    key("hardware"),
+    key("policy"),
+    quantity("vram_budget_bytes", "budget", format_bytes),
+    _HEAD[3],
+    *_SPEEDS,
+    quantity("bound_fraction", "of bound", _percent),
+    key("refused"),
+    key("failed"),
+)
+
 MEASURED_COLUMNS = (
     *_HEAD,
     _SPEEDS[2],

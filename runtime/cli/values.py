@@ -10,6 +10,7 @@ from hwmodels.errors import FormatError
 from hwmodels.units import parse_size
 
 _RANGE = re.compile(r"(\d+)-(\d+)(?:([+*])(\d+))?")
+_SIZE_RANGE = re.compile(r"([^-+]+)-([^-+]+)\+([^-+]+)")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _MAX_LIST = 10_000
 
@@ -20,6 +21,25 @@ def size(text: str) -> int:
     if n_bytes == 0:
         raise FormatError(f"{text!r} is zero bytes; expected a size above zero, such as 8GiB")
     return n_bytes
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Sizes above zero: a comma list with ranges `first-last+step`.
+
+    >>> sizes("1GiB,4KiB-12KiB+4KiB")
+    (1073741824, 4096, 8192, 12288)
+    """
+    found: list[int] = []
+    for item in names(text):
+        match = _SIZE_RANGE.fullmatch(item)
+        if match is None:
+            found.append(size(item))
+        else:
+            first, last, step = (size(part) for part in match.groups())
+            if first > last or (last - first) // step >= _MAX_LIST:
+                raise FormatError(f"the range {item!r} does not rise, or has more than {_MAX_LIST} sizes")
+            found += range(first, last + 1, step)
+    return tuple(dict.fromkeys(found))
 
 
 def count(text: str) -> int:

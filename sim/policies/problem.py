@@ -85,6 +85,15 @@ class Problem:
         check_memory(self.spec, plan, self.profile.host_bytes)
         return plan
 
+    def none_fits(self, policy: str) -> PlanError:
+        """Why a policy with attention on the device has no plan: what its least plan lacks, in bytes."""
+        empty = [LayerPartition("GPU", (0,) * la.ffn.n_experts) for la in self.spec.layers]
+        try:
+            self.checked(self.plan(policy, empty, self.both(self.tier("", 1, overlap=True)), pinned=True))
+        except PlanError as error:
+            return error
+        return PlanError(f"{policy}: what is left beside attention and KV cache is too little for sent columns")
+
     def fullest(self, filling: Filling, make: Callable[[tuple[LayerPartition, ...]], Plan]) -> Plan:
         """The plan with the most units on the device that fits; PlanError if not even none does.
 

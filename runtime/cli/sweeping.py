@@ -1,0 +1,70 @@
+"""sweep: a grid of simulations, resumable, on this machine's cores or on a Dask cluster. No torch in here."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from itertools import product
+
+from hwmodels.catalog import hardware
+from hwmodels.errors import ExecutionError, FormatError
+from runtime.cli.console import emit, note
+from runtime.cli.files import check_folder
+from runtime.cli.result_columns import SWEPT_COLUMNS
+from runtime.resolve import resolve_model
+from sim.sweep import Swept, grid
+from sim.sweep import sweep as run_sweep
+from sim.workload import Workload
+
+
+def sweep(flags: Namespace) -> None:
+    """Simulate every combination of models, machines, policies, budgets and lengths."""
+    check_folder(flags.out)
+    points = grid(
+        [resolve_model(name, flags.dtype) for name in flags.model],
+        [hardware(name) for name in flags.hardware],
+        flags.policy,
+        flags.vram_budget,
+        _workloads(flags),
+    )
+    note(flags, f"{len(points)} simulations")
+    with _executor(flags.dask) as executor:
+        swept = run_sweep(points, flags.out, executor, flags.workers, progress=not flags.quiet)
+    if flags.out is not None:
+        note(flags, f"wrote {flags.out}: {_found_words(swept)}")
+    emit(flags, swept.rows, SWEPT_COLUMNS)
+    if swept.failures:
+        first = swept.failures[0]["failed"]
+        raise ExecutionError(f"{len(swept.failures)} of {len(points)} simulations failed, the first with {first}")
+
+
+def _workloads(flags: Namespace) -> list[Workload]:
+    return [
+        Workload(n_prompt, n_gen, batch, n_depth, flags.seed, flags.skew)
+        for n_prompt, n_gen, batch, n_depth in product(flags.n_prompt, flags.n_gen, flags.batch, flags.n_depth)
+    ]
+
+
+def _found_words(swept: Swept) -> str:
+    words = f"{len(swept.rows)} rows, {swept.n_found} of them from an earlier sweep"
+    return words + (f", {swept.n_damaged} damaged shards made anew" if swept.n_damaged else "")
+
+
+@contextmanager
+def _executor(address: str | None) -> Iterator[Executor | None]:
+    """Workers of a Dask cluster; None where no address is given."""
+    if address is None:
+        yield None
+        return
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise FormatError("--dask needs the package distributed: pip install 'scheinfer[dask]'") from error
+    try:
+        client = Client(address, timeout="10s")  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise FormatError(f"no Dask scheduler answers at {address!r}: {error}") from error
+    with client:
+        yield client.get_executor()  # type: ignore[no-untyped-call]
