@@ -225,28 +225,29 @@ def sweep(
 
     executor is any of concurrent.futures' (a Dask client has `get_executor()`); without one, `workers`
     processes simulate. vram_budgets None is all that each machine has. With a folder `out`, what is there
-    already is not simulated again. Raises ExecutionError if a simulation failed.
+    already is not simulated again. Where a simulation went wrong, `failed` says how, and a warning how many.
     """
-    from itertools import product
+    import warnings
 
     import pandas as pd
 
     from hwmodels.units import parse_size
-    from sim.sweep import grid
+    from sim.sweep import grid, workloads
     from sim.sweep import sweep as run
-    from sim.workload import Workload
 
-    lengths = product(n_prompt, n_gen, batch, n_depth)
     points = grid(
         [_spec(item) for item in models],
         [_profile(item) for item in hardware],
         [policies] if isinstance(policies, str) else policies,
         None if vram_budgets is None else [parse_size(size, "vram_budgets") for size in vram_budgets],
-        [Workload(p, n, b, d, seed, skew) for p, n, b, d in lengths],
+        workloads(n_prompt, n_gen, n_depth, batch, seed, skew),
     )
     swept = run(points, None if out is None else Path(out), executor, workers, progress)
     if swept.failures:
-        raise ExecutionError(f"{len(swept.failures)} of {len(points)} simulations: {swept.failures[0]['failed']}")
+        first = swept.failures[0]["failed"]
+        warnings.warn(
+            f"{len(swept.failures)} of {len(points)} simulations failed, the first with {first}", stacklevel=2
+        )
     return pd.DataFrame(list(swept.rows))
 
 

@@ -6,7 +6,7 @@ Same grid and same program, same rows, whoever works on it and however often it 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -89,6 +89,19 @@ def grid(
             point = Point(spec, profile, policy, budget, workload)
             points[point.id] = point
     return tuple(points.values())
+
+
+def workloads(
+    n_prompts: Sequence[int],
+    n_gens: Sequence[int],
+    n_depths: Sequence[int] = (0,),
+    batches: Sequence[int] = (1,),
+    seed: int = 0,
+    skew: float = 0.0,
+) -> tuple[Workload, ...]:
+    """Every combination of lengths and batch sizes."""
+    lengths = product(n_prompts, n_gens, n_depths, batches)
+    return tuple(Workload(n_prompt, n_gen, batch, n_depth, seed, skew) for n_prompt, n_gen, n_depth, batch in lengths)
 
 
 # -- one point ----------------------------------------------------------------------------------------
@@ -218,8 +231,8 @@ def _manifest(points: Sequence[Point], swept: Swept) -> dict[str, object]:
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": {
-            "models": {p.spec.name: p.spec.id for p in points},
-            "hardware": {p.profile.name: p.profile.id for p in points},
+            "models": _named({p.spec.id: p.spec.name for p in points}),
+            "hardware": _named({p.profile.id: p.profile.name for p in points}),
             "policies": list(dict.fromkeys(p.policy for p in points)),
             "vram_budgets_bytes": sorted({p.vram_budget_bytes for p in points}),
             "workloads": [asdict(workload) for workload in dict.fromkeys(p.workload for p in points)],
@@ -231,3 +244,7 @@ def _manifest(points: Sequence[Point], swept: Swept) -> dict[str, object]:
         "program": program_id(),
         "provenance": provenance(),
     }
+
+
+def _named(names: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"name": name, "id": id_} for id_, name in names.items()]

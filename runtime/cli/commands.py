@@ -77,6 +77,12 @@ COMMANDS = (
             o.CTX_SIZE,
             o.DTYPE,
             Option(("--explain",), "say why: what was compared, memory by part, the hardware's bound", None, False),
+            Option(
+                ("--export",),
+                "write the plan to stdout for another engine instead: flags of llama.cpp, or accelerate's device_map",
+                values.one_of("llama.cpp", "accelerate"),
+                metavar="ENGINE",
+            ),
             out("plan file to write"),
         ),
     ),
@@ -115,6 +121,7 @@ COMMANDS = (
                 shown="all that each profile has",
                 metavar="SIZES",
             ),
+            o.HOST_BUDGET,
             replace(
                 o.N_PROMPT, help="prompt tokens, comma list or range", parse=values.counts, default=(512,), shown="512"
             ),
@@ -128,7 +135,7 @@ COMMANDS = (
             o.SEED,
             o.SKEW,
             o.DTYPE,
-            Option(("--workers",), "processes that simulate", values.count, 1, metavar="N"),
+            Option(("--workers",), "processes that simulate", values.count, shown="1", metavar="N"),
             Option(("--dask",), "or the address of a Dask scheduler whose workers simulate", metavar="ADDRESS"),
             out("folder of the rows; a sweep that was interrupted goes on there"),
         ),

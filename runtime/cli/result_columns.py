@@ -30,7 +30,8 @@ def _inner(outer: str, name: str, heading: str) -> Column:
 def _test(row: Row) -> str:
     """What ran, as llama-bench writes it: prompt and generated tokens, and the depth they start at."""
     depth = f" @ d{row['n_depth']}" if row.get("n_depth") else ""
-    return f"pp{row['n_prompt']} tg{row['n_gen']}{depth}" if "n_prompt" in row else ""
+    batch = f" b{row['batch']}" if row.get("batch", 1) != 1 else ""
+    return f"pp{row['n_prompt']} tg{row['n_gen']}{depth}{batch}" if "n_prompt" in row else ""
 
 
 _HEAD = (key("model"), key("policy"), key("device"), Column("test", _test))

@@ -6,32 +6,37 @@ from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from itertools import product
 
 from hwmodels.catalog import hardware
 from hwmodels.errors import ExecutionError, FormatError
+from hwmodels.profile import HardwareProfile
 from runtime.cli.console import emit, note
 from runtime.cli.files import check_folder
 from runtime.cli.result_columns import SWEPT_COLUMNS
 from runtime.resolve import resolve_model
-from sim.sweep import Swept, grid
+from sim.sweep import Swept, grid, workloads
 from sim.sweep import sweep as run_sweep
-from sim.workload import Workload
 
 
 def sweep(flags: Namespace) -> None:
     """Simulate every combination of models, machines, policies, budgets and lengths."""
     check_folder(flags.out)
+    if flags.workers is not None and flags.dask is not None:
+        raise FormatError("--workers and --dask are both given (an environment variable counts, too); expected one")
     points = grid(
         [resolve_model(name, flags.dtype) for name in flags.model],
-        [hardware(name) for name in flags.hardware],
+        [_profile(name, flags.host_budget) for name in flags.hardware],
         flags.policy,
         flags.vram_budget,
-        _workloads(flags),
+        workloads(flags.n_prompt, flags.n_gen, flags.n_depth, flags.batch, flags.seed, flags.skew),
     )
     note(flags, f"{len(points)} simulations")
-    with _executor(flags.dask) as executor:
-        swept = run_sweep(points, flags.out, executor, flags.workers, progress=not flags.quiet)
+    try:
+        with _executor(flags.dask) as executor:
+            swept = run_sweep(points, flags.out, executor, flags.workers or 1, progress=not flags.quiet)
+    except KeyboardInterrupt:
+        note(flags, f"stopped; the same command goes on from {flags.out}" if flags.out is not None else "stopped")
+        raise
     if flags.out is not None:
         note(flags, f"wrote {flags.out}: {_found_words(swept)}")
     emit(flags, swept.rows, SWEPT_COLUMNS)
@@ -40,11 +45,9 @@ def sweep(flags: Namespace) -> None:
         raise ExecutionError(f"{len(swept.failures)} of {len(points)} simulations failed, the first with {first}")
 
 
-def _workloads(flags: Namespace) -> list[Workload]:
-    return [
-        Workload(n_prompt, n_gen, batch, n_depth, flags.seed, flags.skew)
-        for n_prompt, n_gen, batch, n_depth in product(flags.n_prompt, flags.n_gen, flags.batch, flags.n_depth)
-    ]
+def _profile(name: str, host_bytes: int | None) -> HardwareProfile:
+    profile = hardware(name)
+    return profile.with_(host_bytes=host_bytes) if host_bytes is not None else profile
 
 
 def _found_words(swept: Swept) -> str:
