@@ -7,16 +7,17 @@ everything else is a look-up. Arrays are indexed [u, s]: u units of the layer ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hwmodels.profile import HardwareProfile, Resource
 from hwmodels.work import copy
+from sim.layers import FfnSpec
 from sim.model import ModelSpec
-from sim.placement import Filling, granule
+from sim.placement import Filling
 from sim.plan import Tier
 from sim.workload import Routing
 
@@ -47,56 +48,61 @@ class Sending:
         return Tier(name, max_tokens, True, ahead, self.min_tokens, self.n_slots, self.columns)
 
 
-@dataclass
 class Prices:
-    """Memo of MLP times by (resource, layer, tokens), each a vector over the layer's column grid."""
+    """Memo of times by layer and column count.
 
-    spec: ModelSpec
-    profile: HardwareProfile
-    pinned: bool = True
-    _ffn: dict[tuple[str, object, int], Seconds] = field(default_factory=dict)
-    _send: dict[int, Seconds] = field(default_factory=dict)
-    _grid: dict[int, Count] = field(default_factory=dict)
-    _position: dict[int, Count] = field(default_factory=dict)
+    Column counts are given positions as they turn up (`at`), zero columns position 0; times of one kind of
+    task are vectors over positions. Layers with equal MLPs share all of it.
+    """
 
-    def grid(self, layer: int) -> Count:
-        """Every column count that a cut in granules can make: k granules, or the rest beside them."""
-        columns = self.spec.layers[layer].ffn.columns
-        if columns not in self._grid:
-            cuts = np.minimum(np.arange(0, columns + granule(columns), granule(columns)), columns)
-            self._grid[columns] = np.unique(np.concatenate([cuts, columns - cuts]))
-        return self._grid[columns]
+    def __init__(self, spec: ModelSpec, profile: HardwareProfile, pinned: bool = True) -> None:
+        self.spec, self.profile, self.pinned = spec, profile, pinned
+        self._counts: dict[FfnSpec, list[int]] = {}
+        self._position: dict[FfnSpec, Count] = {}
+        self._times: dict[tuple[str, FfnSpec, int], list[float]] = {}
+        self._vectors: dict[tuple[str, FfnSpec, int], Seconds] = {}
 
     def at(self, layer: int, columns: Count) -> Count:
-        """Positions of column counts in the grid."""
-        grid = self.grid(layer)
-        most = int(grid[-1])
-        if most not in self._position:
-            self._position[most] = np.searchsorted(grid, np.arange(most + 1))
-        return np.asarray(self._position[most][columns])
+        """Positions of column counts of one expert, any shape."""
+        kind = self.spec.layers[layer].ffn
+        if kind not in self._counts:
+            self._counts[kind] = [0]
+            self._position[kind] = np.full(kind.columns + 1, -1, dtype=np.int64)
+            self._position[kind][0] = 0
+        found = self._position[kind][columns]
+        if (found < 0).any():
+            new = np.unique(columns[found < 0])
+            self._position[kind][new] = len(self._counts[kind]) + np.arange(len(new))
+            self._counts[kind] += new.tolist()
+            found = self._position[kind][columns]
+        return np.asarray(found)
 
     def ffn_s(self, resource: Resource, layer: int, n_tokens: int) -> Seconds:
-        """Seconds of every column count of the grid for n_tokens tokens; zero columns take no time."""
-        key = (resource, self.spec.layers[layer].ffn, n_tokens)
-        if key not in self._ffn:
-            counts = self.grid(layer)[1:]
-            times = [self.profile.time_s(resource, self.spec.ffn_work(layer, n_tokens, int(c))).seconds for c in counts]
-            self._ffn[key] = np.array([0.0, *times])
-        return self._ffn[key]
+        """Seconds of n_tokens tokens, by position of the column count; zero columns take no time."""
+
+        def seconds(columns: int) -> float:
+            return self.profile.time_s(resource, self.spec.ffn_work(layer, n_tokens, columns)).seconds
+
+        return self._vector(resource, layer, n_tokens, seconds)
+
+    def send_s(self, layer: int) -> Seconds:
+        """Seconds of sending columns of one expert, by position of the column count."""
+        size = self.spec.column_bytes(layer)
+        return self._vector("H2D", layer, 0, lambda columns: self.copy_s("H2D", float(columns * size), self.pinned))
+
+    def _vector(self, resource: Resource, layer: int, n_tokens: int, seconds: Callable[[int], float]) -> Seconds:
+        kind = self.spec.layers[layer].ffn
+        key, counts = (resource, kind, n_tokens), self._counts[kind]
+        vector = self._vectors.get(key)
+        if vector is None or len(vector) < len(counts):
+            known = self._times.setdefault(key, [0.0])
+            known += [seconds(columns) for columns in counts[len(known) :]]
+            vector = self._vectors[key] = np.array(known)
+        return vector
 
     def copy_s(self, resource: Resource, n_bytes: float, pinned: bool) -> float:
         """Seconds of one copy; no bytes, no copy."""
         return self.profile.time_s(resource, copy(n_bytes, self.spec.dtype, pinned)).seconds if n_bytes else 0.0
-
-    def send_s(self, layer: int) -> Seconds:
-        """Seconds of sending every column count of the grid, of one expert."""
-        columns = self.spec.layers[layer].ffn.columns
-        if columns not in self._send:
-            size = self.spec.column_bytes(layer)
-            self._send[columns] = np.array(
-                [self.copy_s("H2D", float(c * size), self.pinned) for c in self.grid(layer).tolist()]
-            )
-        return self._send[columns]
 
     def send_all_s(self, layer: int, columns: Count) -> Seconds:
         """Seconds of sending that many columns, of all experts together, at once; any shape."""
@@ -245,12 +251,13 @@ class _RoutedLayer:
             resident = gg[:, [expert]]
             sent = np.where(n >= least, np.minimum(columns - resident, most), 0)
             cc, where = columns - resident - sent, prices.at(layer, sent)
+            cc_where, gg_where = prices.at(layer, cc), prices.at(layer, resident)
             gpu_s = prices.ffn_s("GPU", layer, n)
             self.sent.append((n, where))
-            self.cc_s += prices.ffn_s("CPU", layer, n)[prices.at(layer, cc)]
+            self.cc_s += prices.ffn_s("CPU", layer, n)[cc_where]
             self.sends_s += prices.send_s(layer)[where]
             self.cgs_s += gpu_s[where]
-            self.gg_s += gpu_s[prices.at(layer, resident)]
+            self.gg_s += gpu_s[gg_where]
             self.has_cc |= cc > 0
             self.has_gg |= resident > 0
 

@@ -151,8 +151,8 @@ class StepTimes:
         return self.prices.spec.attention_work(layer, step.n_tokens, step.kv_tokens, step.batch)
 
     def _cpu_mlp_s(self, layer: int) -> float:
-        counts = self.routing[layer]
-        return float(sum(self.prices.ffn_s("CPU", layer, n)[-1] for n in counts if n))
+        every = self.prices.at(layer, np.array([self.prices.spec.layers[layer].ffn.columns]))
+        return float(sum(self.prices.ffn_s("CPU", layer, n)[every[0]] for n in self.routing[layer] if n))
 
     def _finish(self, clock: _Clock, ends: Place) -> None:
         clock.move(ends, self.step.n_tokens)

@@ -1,4 +1,4 @@
-"""Made-up machines and models with round numbers, for tests about policies, search and bounds."""
+"""Made-up machines with round numbers and models to run on them, for tests about policies, search and bounds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Any
 
 from hwmodels.profile import Contention, HardwareProfile, Peak
 from sim.model import ModelSpec, from_config
+from sim.policies.problem import Problem
+from sim.space import fixed_bytes
+from sim.workload import Workload
 
 GB = 10**9
 
@@ -30,7 +33,9 @@ def machine(
     if gpu:
         peaks |= {"GPU": peak(gpu_gflops, gpu_gb_s), "H2D": peak(1, link_gb_s), "D2H": peak(1, link_gb_s)}
     handoffs = dict.fromkeys(("CPU>H2D", "H2D>GPU", "GPU>D2H", "D2H>CPU", "GPU>H2D"), handoff_s) if gpu else {}
-    contended = (Contention(("CPU", "H2D"), dict(zip(("CPU", "H2D"), together, strict=True)), "estimated"),) if together else ()
+    contended = (
+        (Contention(("CPU", "H2D"), dict(zip(("CPU", "H2D"), together, strict=True)), "estimated"),) if together else ()
+    )
     return HardwareProfile(
         name="made-up",
         device="cuda" if gpu else "none",
@@ -43,6 +48,12 @@ def machine(
         handoff_s=handoffs,
         contention=contended,
     )
+
+
+def budget(spec: ModelSpec, workload: Workload, share: float) -> int:
+    """Device memory for everything but MLPs, and a share of these."""
+    fixed = fixed_bytes(Problem(spec, machine(), 0, workload), 0, "GPU")
+    return fixed + int(share * sum(spec.ffn_bytes(i) for i in range(spec.n_layers)))
 
 
 def dense(n_layers: int = 4, d_model: int = 64, columns: int = 256, **changes: Any) -> ModelSpec:
@@ -76,5 +87,62 @@ def moe(n_layers: int = 3, d_model: int = 64, columns: int = 128, n_experts: int
             "max_position_embeddings": 4096,
         },
         "moe",
+        "bfloat16",
+    )
+
+
+def mixtral_8x7b() -> ModelSpec:
+    return from_config(
+        {
+            "model_type": "mixtral",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "vocab_size": 32000,
+            "max_position_embeddings": 32768,
+        },
+        "mixtral-8x7b",
+        "bfloat16",
+    )
+
+
+def qwen3_30b() -> ModelSpec:
+    return from_config(
+        {
+            "model_type": "qwen3_moe",
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "vocab_size": 151936,
+            "max_position_embeddings": 32768,
+        },
+        "qwen3-30b-a3b",
+        "bfloat16",
+    )
+
+
+def llama_70b() -> ModelSpec:
+    return from_config(
+        {
+            "model_type": "llama",
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "vocab_size": 32000,
+            "max_position_embeddings": 4096,
+        },
+        "llama-2-70b",
         "bfloat16",
     )
