@@ -52,7 +52,7 @@ def run_on(executor: Executor, call: Callable[[Item], Result], items: Sequence[I
     """
     lost = yield from _drain(executor, call, deque(items), _IN_FLIGHT)
     if lost:
-        raise ExecutionError(f"the executor broke with {len(lost)} calls in flight, the first of {lost[0]}; run again")
+        raise ExecutionError(f"the executor broke; calls lost with it: {len(lost)}, the first of {lost[0]}; run again")
 
 
 def run_in_processes(call: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Batches[Item, Result]:
@@ -101,12 +101,14 @@ def _launch(
     most: int,
 ) -> None:
     while waiting and len(flying) < most:
+        item = waiting.popleft()
         try:
-            future = executor.submit(call, waiting[0])
+            flying[executor.submit(call, item)] = item
         except BrokenExecutor as error:  # as a future, so that it is met where the others are
-            future = Future()
-            future.set_exception(error)
-        flying[future] = waiting.popleft()
+            broken: Future[Result] = Future()
+            broken.set_exception(error)
+            flying[broken] = item
+            return
 
 
 def _done(item: Item, future: Future[Result]) -> Done[Item, Result]:
