@@ -125,6 +125,11 @@ class Checkpoint:
             )
         return self.tensor(key)
 
+    def release(self) -> None:
+        """Give back the memory that tensors read so far take; touched again, they come from the file as it is."""
+        for mapped in (self._maps or {}).values():
+            mapped.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Read no more. Files stay mapped until the last tensor that views them is gone."""
         self._maps = None

@@ -131,7 +131,7 @@ class Executor:
         counts = routed.counts if routed is not None else (x_SD.shape[0],)
         self._recording.routing[compiler.step.name, layer] = counts
         tasks = compiler.mlp(layer, counts)
-        slots = self.store.slots[compiler.tier.name]
+        slots = self.store.slots[compiler.tier]
         binding = LayerBinding(self.store.layers[layer], slots, self.device, self.plan.pinned, self.act, x_SD, routed)
         bodies = {t.id: binding.bind(t, self.store.layers[t.layer]) for t in tasks}
         self._close()  # deciding and binding is the caller's work and counts as part of attn
@@ -214,7 +214,7 @@ class Executor:
     def _send_ahead(self, tasks: Sequence[Task]) -> None:
         bodies: dict[str, Body] = {}
         for task in tasks:
-            slots = self.store.slots[self._current().compiler.tier.name]
+            slots = self.store.slots[self._current().compiler.tier]
             pairs = send_pairs(self.store.layers[task.layer], slots, task, 3 * self.spec.d_model)
             bodies[task.id] = _copy_body(self.device, pairs, self.plan.pinned)
         if tasks:

@@ -7,7 +7,7 @@ memory, so that sending it is one copy, and its down part is contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,7 +19,7 @@ from runtime.ops import Piece, piece_views
 from sim.graph import Part
 from sim.memory import host_columns, slot_bytes
 from sim.model import ModelSpec
-from sim.plan import Plan
+from sim.plan import Plan, Tier
 
 
 def cuts(columns: int, gg: int, sent: Sequence[int]) -> tuple[int, ...]:
@@ -58,14 +58,21 @@ class ExpertStore:
             found.append(piece_views(flat[(a - start) * width : (b - start) * width], self.d_model, b - a))
         return found
 
-    def fill(self, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> None:
-        """Copy an expert's weights from the checkpoint's tensors to where they belong."""
+    def fill(self, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, after_each: Callable[[], object]) -> None:
+        """Copy an expert's weights from the checkpoint's tensors to where they belong, one matrix after the other."""
+        pieces: list[tuple[slice, Piece]] = []
         for a, b in pairwise(self.cuts):
             flat = self.device if b <= self.gg else self.host_run(a, b)
-            gate_up, down = piece_views(flat, self.d_model, b - a)
-            gate_up[: b - a].copy_(gate_FD[a:b])
-            gate_up[b - a :].copy_(up_FD[a:b])
-            down.copy_(down_DF[:, a:b])
+            pieces.append((slice(a, b), piece_views(flat, self.d_model, b - a)))
+        for columns, (gate_up, _) in pieces:
+            gate_up[: gate_up.shape[0] // 2].copy_(gate_FD[columns])
+        after_each()
+        for columns, (gate_up, _) in pieces:
+            gate_up[gate_up.shape[0] // 2 :].copy_(up_FD[columns])
+        after_each()
+        for columns, (_, down) in pieces:
+            down.copy_(down_DF[:, columns])
+        after_each()
 
 
 @dataclass(frozen=True)
@@ -99,10 +106,10 @@ class Slots:
 
 @dataclass(frozen=True)
 class WeightStore:
-    """All MLP weights of a model, placed as a plan says; slots by tier name."""
+    """All MLP weights of a model, placed as a plan says; slots by tier."""
 
     layers: tuple[LayerStore, ...]
-    slots: dict[str, Slots]
+    slots: dict[Tier, Slots]
 
     @property
     def device_bytes(self) -> int:
@@ -140,12 +147,12 @@ def allocate(spec: ModelSpec, plan: Plan, device: Device) -> WeightStore:
     return WeightStore(tuple(layers), _slots(spec, plan, device, dtype))
 
 
-def _slots(spec: ModelSpec, plan: Plan, device: Device, dtype: torch.dtype) -> dict[str, Slots]:
+def _slots(spec: ModelSpec, plan: Plan, device: Device, dtype: torch.dtype) -> dict[Tier, Slots]:
     # Tiers never run at once: one region serves them all, cut anew for each tier's slot size.
     sizes = [slot_bytes(spec, plan, t) // dtype.itemsize for t in plan.tiers]
     total = max(t.n_slots * size for t, size in zip(plan.tiers, sizes, strict=True))
     region = device.allocate(total, dtype, "slots")
     return {
-        tier.name: Slots(tuple(region[i * size : (i + 1) * size] for i in range(tier.n_slots)))
+        tier: Slots(tuple(region[i * size : (i + 1) * size] for i in range(tier.n_slots)))
         for tier, size in zip(plan.tiers, sizes, strict=True)
     }

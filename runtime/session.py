@@ -181,7 +181,7 @@ def _load_ffns(
     for i, layer in enumerate(store.layers):
         expert_bytes = spec.layers[i].ffn.columns * spec.column_bytes(i)
         for e, expert in enumerate(layer.experts):
-            expert.fill(*adapter.read_ffn(checkpoint, i, e))
+            expert.fill(*adapter.read_ffn(checkpoint, i, e), after_each=checkpoint.release)
             progress(expert_bytes)
 
 

@@ -107,6 +107,7 @@ def load_rest(
         key = adapter.checkpoint_key(name, checkpoint)
         loaded = _load(checkpoint, key, parameter, place(name), dtype)
         _assign(model, name, loaded)
+        checkpoint.release()  # else the file's pages stay beside the copies: twice the model in memory
         used.add(key)
         n_bytes += loaded.nbytes
         if progress is not None:

@@ -47,9 +47,7 @@ def shares(
     """A plan that treats every layer alike, by shares of each expert's columns."""
     layers = [LayerPartition("GPU", (round(la.ffn.columns * gg),) * la.ffn.n_experts) for la in spec.layers]
     sent = tuple(round(la.ffn.columns * ahead) for la in spec.layers)
-    return plan_for(
-        spec, layers, Tier("all", 10**6, overlap, sent, stream_min_tokens, n_slots, stream_columns), **how
-    )
+    return plan_for(spec, layers, Tier("all", 10**6, overlap, sent, stream_min_tokens, n_slots, stream_columns), **how)
 
 
 def on_cpu(spec: ModelSpec, **how: Any) -> Plan:
@@ -84,9 +82,8 @@ def layer_partitions(draw: st.DrawFn, spec: ModelSpec) -> tuple[LayerPartition, 
     for layer in spec.layers:
         n, columns = layer.ffn.n_experts, layer.ffn.columns
         rest: Place = "CPU" if draw(st.integers(0, 3)) == 3 else "GPU"
-        alike, whole = _cut(columns).map(lambda cut, n=n: (cut,) * n), st.sampled_from((0, columns))
-        each = st.tuples(*(whole,) * n) | st.tuples(*(_cut(columns),) * n)
-        layers.append(LayerPartition(rest, draw(alike | each) if rest == "GPU" else (0,) * n))
+        cut = draw(st.sampled_from((_cut(columns), st.sampled_from((0, columns)), st.just(draw(_cut(columns))))))
+        layers.append(LayerPartition(rest, tuple(draw(cut) for _ in range(n)) if rest == "GPU" else (0,) * n))
     return tuple(layers)
 
 
