@@ -133,6 +133,7 @@ class WorkerQueue:
     def _serve(self, n_threads: int, cores: frozenset[int], started: threading.Event) -> None:
         if cores:  # a scheduler that wakes this thread on its waker's core makes the two take turns
             os.sched_setaffinity(0, cores)
+        torch.get_num_threads()  # takes the process's number now; asked first later, it would take it then, over ours
         torch.set_num_threads(n_threads)
         torch.set_grad_enabled(False)
         started.set()
