@@ -247,7 +247,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 axes.plot(gains, [y + 0.2 * (1 - k)] * len(gains), label=name if y == 0 else None, **style)
         axes.set(xscale="log", xlabel=f"{what} speed-up", yticks=range(len(BASELINES)))
         axes.set_yticklabels(reversed(BASELINES))
-        axes.set_xticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
+        most = max([high, *(r[f"{what}_speedup"] for r in rows if not r["note"])])
+        ticks = [tick for tick in _TICKS if tick <= most]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     path.parent.mkdir(parents=True, exist_ok=True)
