@@ -200,7 +200,7 @@ def _engines() -> tuple[Point, ...]:
         Point(accelerate, readme, 6.633, "s/token", _accelerate_s, "pageable rate of PCIe 4"),
         Point(f"--n-cpu-moe 25, {oss}", "quoted in a survey", 36.2, "tok/s", _gpt_oss, "depth; 4.24 bits throughout"),
         Point(f"--cpu-moe, {qwen}", source, 15.65, "tok/s", partial(_qwen, False), guess),
-        Point(f"-ngl, {qwen}", source, 17.87, "tok/s", partial(_qwen, True), guess),
+        Point(f"-ngl, {qwen}", source, 17.87, "tok/s", partial(_qwen, True), f"{guess}; 'layer split' is read as -ngl"),
     )
 
 
