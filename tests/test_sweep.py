@@ -20,6 +20,7 @@ from hwmodels.errors import ExecutionError, FormatError, PlanError
 from runtime.cli import main
 from runtime.cli.values import sizes
 from sim import planner, shards, sweep
+from sim.bounds import bound
 from sim.model import ModelSpec, from_config
 from sim.policies import POLICIES
 from sim.rows import simulated_row
@@ -128,7 +129,7 @@ def test_a_row_is_what_simulate_says_of_the_policys_plan() -> None:
     row = sweep.sweep([point]).rows[0]
     plan = planner.plan(point.spec, point.profile, point.vram_budget_bytes, point.workload, point.policy)
     timeline = simulate(point.spec, plan, point.profile, point.workload)
-    limit = sweep.bound(point.spec, point.profile, point.vram_budget_bytes, point.workload)
+    limit = bound(point.spec, point.profile, point.vram_budget_bytes, point.workload)
     expected = simulated_row(point.spec, plan, point.profile, point.workload, timeline, limit)
     assert {key: row[key] for key in expected} == expected
     assert set(row) == set(shards.COLUMNS.names)
@@ -156,7 +157,7 @@ def test_a_point_that_goes_wrong_is_named_and_takes_no_other_with_it(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a mistake")
 
-    monkeypatch.setitem(POLICIES, "broken", broken)  # type: ignore[arg-type]
+    monkeypatch.setitem(POLICIES, "broken", broken)
     made = grid([model()], [machine()], ["cpu-only", "broken", "fiddler"], [2000 * KIB], workloads([8], [4]))
     swept = sweep.sweep(made, tmp_path)
     (failure,) = swept.failures
