@@ -196,6 +196,13 @@ def test_a_plan_can_be_explained(run: Run) -> None:
     assert len(run(*PLAN, "--explain")) > len(run(*PLAN))
 
 
+@pytest.mark.parametrize("engine", ["llama.cpp", "accelerate"])
+def test_an_export_is_all_of_stdout(run: Run, engine: str) -> None:
+    text = run(*PLAN, "--export", engine)
+    [row] = json.loads(run(*PLAN, "--export", engine, "-o", "json"))
+    assert text == row["export"] + "\n"
+
+
 def test_formats_agree(run: Run) -> None:
     [row] = json.loads(run(*SIMULATE, "-o", "json"))
     assert json.loads(run(*SIMULATE, "-o", "jsonl")) == row

@@ -15,6 +15,12 @@ def emit(flags: Namespace, rows: Sequence[Row], columns: Sequence[Column]) -> No
     sys.stdout.flush()
 
 
+def emit_text(text: str) -> None:
+    """Write a result that is a text to stdout."""
+    sys.stdout.write(text.rstrip("\n") + "\n")
+    sys.stdout.flush()
+
+
 def say(flags: Namespace, text: str) -> None:
     """Write lines for people to stdout; programs, which asked for another format, get only the table."""
     if flags.output == "md":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from hwmodels.catalog import hardware
@@ -12,19 +12,19 @@ from hwmodels.errors import FormatError
 from hwmodels.profile import HardwareProfile
 from hwmodels.schema import write_bytes, write_json
 from hwmodels.units import format_bytes
-from runtime.cli.console import emit, note, say
+from runtime.cli.console import emit, emit_text, note, say
 from runtime.cli.files import check_file, check_folder
 from runtime.cli.result_columns import ERROR_COLUMNS, SIMULATED_COLUMNS
-from runtime.cli.table import Row
+from runtime.cli.table import Row, markdown
 from runtime.resolve import resolve_model
 from sim import planner
 from sim.bounds import bound
 from sim.compare import Comparison
 from sim.compare import compare as compare_timelines
+from sim.export import EXPORTS
 from sim.model import ModelSpec
-from sim.plan import Plan, check_plan, load_plan
-from sim.rows import simulated_row
-from sim.simulate import forecast
+from sim.plan import Plan, Prediction, check_plan, load_plan
+from sim.rows import Speeds, simulated_row
 from sim.simulate import simulate as run_simulation
 from sim.timeline import load_timeline
 from sim.workload import RoutingTrace, Workload, check_context
@@ -38,15 +38,22 @@ def plan(flags: Namespace) -> None:
     check_context(spec, workload)
     budget = flags.vram_budget or profile.vram_bytes
     made = planner.plan(spec, profile, budget, _with_room(workload, flags.ctx_size), flags.policy)
-    made = made.with_prediction(forecast(spec, made, profile, workload))
+    timeline = run_simulation(spec, made, profile, workload)
+    made = made.with_prediction(Prediction(**asdict(Speeds.of(timeline, workload))))
     if flags.out is not None:
         made.save(flags.out)
         note(flags, f"wrote {flags.out}")
     if flags.explain:
         say(flags, planner.explain(spec, profile, made, workload))
-    timeline = run_simulation(spec, made, profile, workload, every_step=False)
     limit = bound(spec, profile, budget, workload)
-    emit(flags, [simulated_row(spec, made, profile, workload, timeline, limit)], SIMULATED_COLUMNS)
+    row = simulated_row(spec, made, profile, workload, timeline, limit)
+    if flags.export is None:
+        emit(flags, [row], SIMULATED_COLUMNS)
+    elif flags.output == "md":
+        note(flags, markdown([row], SIMULATED_COLUMNS))
+        emit_text(EXPORTS[flags.export](made, spec))
+    else:
+        emit(flags, [{**row, "export": EXPORTS[flags.export](made, spec)}], SIMULATED_COLUMNS)
 
 
 def simulate(flags: Namespace) -> None:

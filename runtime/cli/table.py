@@ -52,7 +52,8 @@ def render(rows: Sequence[Row], columns: Sequence[Column], form: str) -> str:
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """An aligned Markdown table."""
+    """An aligned Markdown table; columns in which no row has anything are left out."""
+    columns = [c for c in columns if not rows or any(c.cell(row) for row in rows)]
     lines = [[c.heading for c in columns], *([_one_line(c.cell(row)) for c in columns] for row in rows)]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(columns))]
     rule = [("-" * (w - 1) + ":") if c.right else "-" * w for c, w in zip(columns, widths, strict=True)]
