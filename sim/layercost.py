@@ -1,8 +1,8 @@
 """Times of one layer's MLP tasks for many placements at once: what a candidate costs, from tables.
 
 Layers are alike and candidates differ in few numbers, so every distinct (tokens, columns) is priced once and
-everything else is a look-up. Arrays are indexed [u, s]: u units of the layer are on the device
-(sim.placement), s is one way of sending (Sending).
+everything else is a look-up. Arrays are indexed [u, s]: u is one placement of the layer's columns, s one way
+of sending (Sending).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from hwmodels.profile import HardwareProfile, Resource
 from hwmodels.work import copy
 from sim.layers import FfnSpec
 from sim.model import ModelSpec
-from sim.placement import Filling
 from sim.plan import Tier
 from sim.workload import Routing
 
@@ -139,10 +138,10 @@ class AheadCosts:
     has_send: Mask
 
 
-def ahead_costs(prices: Prices, filling: Filling, layer: int, routing: Routing, ahead: Sequence[int]) -> AheadCosts:
-    """Times of gg, cg, cc and send for every placement of a layer and every number of columns sent ahead."""
+def ahead_costs(prices: Prices, layer: int, gg: Count, routing: Routing, ahead: Sequence[int]) -> AheadCosts:
+    """Times of gg, cg, cc and send for placements gg [u, expert] and every number of columns sent ahead."""
     columns = prices.spec.layers[layer].ffn.columns
-    gg = filling.gg(layer)[:, None, :]
+    gg = gg[:, None, :]
     sent = np.minimum(np.array(ahead, dtype=np.int64)[None, :, None], columns - gg)
     cc = columns - gg - sent
     active = np.array(routing) > 0
@@ -172,19 +171,19 @@ def _sum_ffn(prices: Prices, resource: Resource, layer: int, routing: Routing, c
 
 def routed_mlp_s(
     prices: Prices,
-    filling: Filling,
     layer: int,
+    gg: Count,
     routing: Routing,
     sendings: Sequence[Sending],
     slowed: Slowdown | None,
 ) -> tuple[Seconds, Seconds]:
     """Seconds from the end of attention to the end of the join, [u, s], where nothing is sent ahead.
 
-    Without contention, and estimated with it. Everything that such a layer starts ends before its join
-    does, so layers add up. The loop follows sim.compile's issue order: sends through the slots, each
-    followed by its cg; the CPU's part beside.
+    gg [u, expert] are placements; the two results are without contention, and estimated with it.
+    Everything that such a layer starts ends before its join does, so layers add up. The loop follows
+    sim.compile's issue order: sends through the slots, each followed by its cg; the CPU's part beside.
     """
-    run = _RoutedLayer(prices, filling, layer, routing, sendings)
+    run = _RoutedLayer(prices, layer, gg, routing, sendings)
     alone_s = run.go(run.cc_s, np.ones(run.shape), np.ones(run.shape))
     if slowed is None:
         return alone_s, alone_s
@@ -230,16 +229,13 @@ def slowdown(profile: HardwareProfile) -> Slowdown | None:
 class _RoutedLayer:
     """One layer whose host experts are sent after the router; arrays are [u, s]."""
 
-    def __init__(
-        self, prices: Prices, filling: Filling, layer: int, routing: Routing, sendings: Sequence[Sending]
-    ) -> None:
+    def __init__(self, prices: Prices, layer: int, gg: Count, routing: Routing, sendings: Sequence[Sending]) -> None:
         self.prices, self.layer = prices, layer
         self.n_tokens = sum(routing) // prices.spec.layers[layer].ffn.top_k
         self.n_slots = np.array([max(s.n_slots, 1) for s in sendings])
         least = np.array([_NEVER if s.min_tokens is None else s.min_tokens for s in sendings])
         columns = prices.spec.layers[layer].ffn.columns
         most = np.array([columns if s.columns is None else s.columns for s in sendings])
-        gg = filling.gg(layer)
         self.shape = (len(gg), len(sendings))
         self.cc_s, self.sends_s, self.cgs_s = np.zeros(self.shape), np.zeros(self.shape), np.zeros(self.shape)
         self.gg_s = np.zeros((len(gg), 1))

@@ -50,14 +50,15 @@ class StepTimes:
             total[:, ahead] = self._recur(filling, ends, units, tuple(sendings[i].ahead for i in ahead), contended)
         return total
 
-    def _key(self, filling: Filling, layer: int) -> tuple[object, ...]:
-        # Columns of a layer do not depend on which layer it is; whose experts come first does.
-        return (
-            filling.unit,
-            self.prices.spec.layers[layer].ffn,
-            self.routing[layer],
-            filling.unit == "experts" and layer,
-        )
+    def _placements(self, filling: Filling, layer: int, units: Count) -> tuple[object, Count, Count]:
+        """What decides a layer's tables, its distinct placements, and which of them each level has.
+
+        A dense layer's tables serve every layer with the same MLP, so they hold all placements.
+        """
+        ffn, column = self.prices.spec.layers[layer].ffn, units[:, layer]
+        rows = np.unique(column) if ffn.is_moe else np.arange(filling.units(layer) + 1)
+        owner = layer if filling.unit == "experts" else None  # whose experts come first differs by layer
+        return (filling.unit, ffn, self.routing[layer], rows.tobytes(), owner), rows, np.searchsorted(rows, column)
 
     # -- nothing sent ahead ---------------------------------------------------------------------------
 
@@ -66,12 +67,12 @@ class StepTimes:
     ) -> Seconds:
         total = np.full((len(units), len(sendings)), self._chain_s(filling.first_layer, ends))
         for layer in range(filling.first_layer, self.prices.spec.n_layers):
-            key = (*self._key(filling, layer), sendings)
+            kind, rows, which = self._placements(filling, layer, units)
+            key = (kind, sendings)
             if key not in self._routed:
-                self._routed[key] = routed_mlp_s(
-                    self.prices, filling, layer, self.routing[layer], sendings, self.slowed
-                )
-            total += self._routed[key][contended][units[:, layer]]
+                gg, routing = filling.gg(layer)[rows], self.routing[layer]
+                self._routed[key] = routed_mlp_s(self.prices, layer, gg, routing, sendings, self.slowed)
+            total += self._routed[key][contended][which]
         return total
 
     def _chain_s(self, first_layer: int, ends: Place) -> float:
@@ -114,10 +115,12 @@ class StepTimes:
     def _ahead_costs(
         self, filling: Filling, layer: int, units: Count, ahead: tuple[int, ...], contended: bool
     ) -> AheadCosts:
-        key = (*self._key(filling, layer), ahead)
+        kind, rows, u = self._placements(filling, layer, units)
+        key = (kind, ahead)
         if key not in self._ahead:
-            self._ahead[key] = ahead_costs(self.prices, filling, layer, self.routing[layer], ahead)
-        table, u = self._ahead[key], units[:, layer]
+            gg = filling.gg(layer)[rows]
+            self._ahead[key] = ahead_costs(self.prices, layer, gg, self.routing[layer], ahead)
+        table = self._ahead[key]
         gg_s, cg_s, cc_s, send_s = table.gg_s, table.cg_s, table.cc_s, table.send_s
         if contended and self.slowed is not None:
             cc_s, gpu_s, send_s = self.slowed.beside(cc_s, gg_s + cg_s, send_s)
