@@ -23,7 +23,7 @@ from hwmodels.machine import fingerprint
 from hwmodels.profile import HardwareProfile
 from hwmodels.provenance import versions
 from hwmodels.units import format_bytes
-from runtime.budget import half_budget
+from runtime.budget import fixed_bytes, half_budget
 from runtime.cache import cached_profile
 from runtime.measure import Measured, measure, median_run
 from runtime.session import load_planned
@@ -40,6 +40,9 @@ from sim.timeline import Timeline
 from sim.workload import Workload
 
 DEFAULT_POLICIES = ("cpu-only", "stream", "llama-cpp", "fiddler", "scheinfer", "auto")
+CPU_LAYERS = ("cpu-only", "llama-cpp", "auto")
+"""Policies that can leave whole layers to the CPU, and so fit into any device memory."""
+
 PROMPT = "The weights of a layer are read once for every token, so memory decides how fast a token comes. "
 
 
@@ -77,6 +80,8 @@ def validate(folders: Sequence[Path], out: Path, job: Job, command: str, text: I
     input before anything is written.
     """
     specs = [load_model(folder) for folder in folders]
+    for spec in specs:
+        _check_budget(spec, job)
     results, rows, files = [], [], []
     profile: HardwareProfile | None = None
     for folder, spec in zip(folders, specs, strict=True):
@@ -136,6 +141,17 @@ def _validate_model(
         isolated=compare(shown.isolated, shown.median.timeline),
     )
     return result, files
+
+
+def _check_budget(spec: ModelSpec, job: Job) -> None:
+    """PlanError before the long work of calibrating, where no policy asked for can fit into the budget."""
+    budget, fixed = job.vram_budget_bytes, fixed_bytes(spec, Workload(job.n_prompt, job.n_gen))
+    if budget is not None and budget < fixed and not set(job.policies) & set(CPU_LAYERS):
+        raise PlanError(
+            f"{spec.name}: attention, embedding, head, KV cache and activations need {format_bytes(fixed)} of device "
+            f"memory, the budget is {format_bytes(budget)}; raise --vram-budget to at least that, or add a policy that "
+            f"keeps layers on the CPU ({', '.join(CPU_LAYERS)})"
+        )
 
 
 def _load_notes(rows: Sequence[Row]) -> list[str]:
