@@ -35,7 +35,6 @@ class Access:
     stop: int
     actor: str
     tick: int
-    writes: bool
     what: str
 
 
@@ -46,8 +45,9 @@ class Races:
         self.found: list[str] = []
         self.n_accesses = 0
         self._clocks: dict[str, Clock] = defaultdict(dict)
-        self._accesses: dict[int, list[Access]] = defaultdict(list)
-        self._alive: list[torch.UntypedStorage] = []  # so that no address means two tensors
+        self._reads: dict[int, list[Access]] = defaultdict(list)
+        self._writes: dict[int, list[Access]] = defaultdict(list)
+        self._alive: dict[int, torch.UntypedStorage] = {}  # so that no address means two tensors
         self._lock = threading.Lock()
         self._local = threading.local()
 
@@ -95,19 +95,18 @@ class Races:
             clock[actor] = tick = clock.get(actor, 0) + 1
             for tensors, written in ((reads, False), (writes, True)):
                 for tensor in tensors:
-                    self._check(tensor, Access(*extent(tensor), actor, tick, written, what), clock)
+                    self._check(tensor, Access(*extent(tensor), actor, tick, what), written, clock)
 
-    def _check(self, tensor: torch.Tensor, access: Access, clock: Clock) -> None:
+    def _check(self, tensor: torch.Tensor, access: Access, written: bool, clock: Clock) -> None:
         storage = tensor.untyped_storage()
-        self._alive.append(storage)
+        address = storage.data_ptr()
+        self._alive[address] = storage
         self.n_accesses += 1
-        earlier = self._accesses[storage.data_ptr()]
-        for other in earlier:
+        for other in [*self._writes[address], *(self._reads[address] if written else ())]:
             apart = other.stop <= access.start or access.stop <= other.start
-            if apart or not (other.writes or access.writes) or clock.get(other.actor, 0) >= other.tick:
-                continue
-            self.found.append(f"{access.what} on {access.actor} does not follow {other.what} on {other.actor}")
-        earlier.append(access)
+            if not apart and clock.get(other.actor, 0) < other.tick:
+                self.found.append(f"{access.what} on {access.actor} does not follow {other.what} on {other.actor}")
+        (self._writes if written else self._reads)[address].append(access)
 
 
 def extent(tensor: torch.Tensor) -> tuple[int, int]:

@@ -11,10 +11,10 @@ from runtime import session
 from runtime.devices import cuda
 from runtime.devices.cuda import CudaDevice
 from sim.model import ModelSpec
-from sim.plan import Plan
+from sim.plan import LayerPartition, Place, Plan
 from sim.workload import Workload
 from tests.conftest import TinyCheckpoint
-from tests.planned import greedy, loaded, shares, spec_of, three_ways, whole_experts
+from tests.planned import greedy, loaded, plan_for, shares, spec_of, three_ways, whole_experts
 from tests.races import FakeStream, Races, Watch, install
 from tests.test_executor import check_timeline, recording
 from tests.tiny import eager, tokens
@@ -37,8 +37,8 @@ def run(folder: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Races:
     races = install(monkeypatch)
     monkeypatch.setattr(session, "open_device", lambda name, vram, threads: CudaDevice(0, vram, threads))
     with loaded(folder, plan, device="cuda:0") as model, Watch(races):
-        for _ in range(2):
-            assert greedy(model, tokens(5), 3) == expected
+        greedy(model, tokens(2), 1)
+        assert greedy(model, tokens(5), 3) == expected
         timeline, routing = recording(model)
     check_timeline(spec_of(folder), plan, timeline, routing, Workload(5, 3), clock_s=1.0)
     assert races.n_accesses > 1000
@@ -52,6 +52,18 @@ def test_no_plan_races(
 ) -> None:
     folder = tiny_checkpoint(family)
     assert run(folder, PLANS[name](spec_of(folder)), monkeypatch).found == []
+
+
+def test_layers_on_the_cpu_take_their_turn(tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    # clocks cannot tell the caller's own work from what it launches, so tokens and tasks are all that is checked
+    folder = tiny_checkpoint("qwen2_moe")
+    spec = spec_of(folder)
+    cut = three_ways(spec)
+    on_cpu = LayerPartition("CPU", (0,) * spec.layers[1].ffn.n_experts)
+    places: tuple[Place, Place] = ("CPU", "GPU")
+    for ends in places:
+        plan = plan_for(spec, (cut.layers[0], on_cpu, cut.layers[2]), *cut.tiers, ends=ends)
+        run(folder, plan, monkeypatch)
 
 
 def no_wait(*args: object) -> None:
