@@ -403,6 +403,13 @@ def test_a_budget_too_small_for_attention_and_cache_names_what_is_missing(refuse
     assert "--vram-budget" in line
 
 
+def test_a_model_that_fits_nowhere_says_what_host_memory_lacks(refuse: Run) -> None:
+    words = ("--vram-budget", "20GiB", "-q")  # 87 GiB of weights, 20 + 60 GiB to hold them
+    line = refuse("plan", "-m", "mixtral-8x7b", "--hardware", "rtx3090-ryzen5950x", *words)
+    assert "auto keeps at least 67" in line
+    assert "60.00 GiB can be had" in line
+
+
 def test_a_folder_without_config_is_no_model(refuse: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "config.json" in refuse(*PLAN, "-m", str(tmp_path / "empty"))

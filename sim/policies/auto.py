@@ -41,7 +41,13 @@ def propose(spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, w
     """The fastest of the search's plans and all other policies' plans; PlanError if the model fits nowhere."""
     problem = Problem(spec, profile, vram_budget_bytes, workload)
     others = [partial(propose, spec, profile, vram_budget_bytes, workload) for propose in OTHERS.values()]
-    return replace(problem.best([*_searched(problem), *others]), policy=NAME)
+    try:
+        best = problem.best([*_searched(problem), *others])
+    except PlanError as error:
+        if not profile.has_gpu:
+            raise
+        raise problem.none_fits(NAME) from error
+    return replace(best, policy=NAME)
 
 
 def _searched(problem: Problem) -> list[Callable[[], Plan]]:

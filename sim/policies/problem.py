@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from hwmodels.errors import PlanError
 from hwmodels.profile import HardwareProfile
+from hwmodels.units import format_bytes
 from sim.memory import check_memory, memory
 from sim.model import ModelSpec
 from sim.placement import Filling
@@ -86,13 +87,21 @@ class Problem:
         return plan
 
     def none_fits(self, policy: str) -> PlanError:
-        """Why a policy with attention on the device has no plan: what its least plan lacks, in bytes."""
+        """Why no plan with attention on the device fits: what the least of them lacks, in bytes."""
         empty = [LayerPartition("GPU", (0,) * la.ffn.n_experts) for la in self.spec.layers]
+        least = self.plan(policy, empty, self.both(self.tier("", 1, overlap=True)), pinned=True)
         try:
-            self.checked(self.plan(policy, empty, self.both(self.tier("", 1, overlap=True)), pinned=True))
+            need = check_memory(self.spec, least)
         except PlanError as error:
             return error
-        return PlanError(f"{policy}: what is left beside attention and KV cache is too little for sent columns")
+        keeps = need.host_bytes - (self.vram_budget_bytes - need.vram_bytes)
+        if keeps <= self.profile.host_bytes:
+            return PlanError(f"{policy}: what is left beside attention and KV cache is too little for sent columns")
+        return PlanError(
+            f"{policy} keeps at least {format_bytes(keeps)} in host memory with {format_bytes(self.vram_budget_bytes)} "
+            f"of device memory, {format_bytes(self.profile.host_bytes)} can be had; raise --vram-budget or "
+            f"--host-budget, or choose a smaller model"
+        )
 
     def fullest(self, filling: Filling, make: Callable[[tuple[LayerPartition, ...]], Plan]) -> Plan:
         """The plan with the most units on the device that fits; PlanError if not even none does.
