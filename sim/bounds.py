@@ -13,10 +13,9 @@ Proof. Take any plan and any step of the set.
     remains is a sum over layers (where attention lives), columns (resident or not) and columns in a step
     (CPU or link and GPU). Taking the cheapest choice for each on its own can only lower it.
 4.  An MLP part of k columns takes at least k times a floor per column, a copy at least a floor per byte
-    (`_per_column_s`, `_per_byte_s`): inside a curve time and roofline terms are interpolated with the same
-    weights, and the largest of two weighted means is at most the weighted mean of the largest; beyond it the
-    profile scales by the roofline. So the least ratio of time to roofline over the curve's nodes holds
-    everywhere.
+    (`_per_column_s`, `_per_byte_s`): inside a curve time over roofline is at least the least ratio at the
+    neighbouring nodes (hwmodels.interpolate), beyond it the profile scales by the roofline. So the least ratio
+    over the curve's nodes holds everywhere.
 The bound is the largest value found over the multipliers; each of them proves it. A plan that leaves the device
 alone needs no activations on it, the exception to 3.: A + C with everything on the CPU bounds it.
 """
@@ -88,6 +87,7 @@ class _Relaxed:
     """Means over steps. Per use (a layer's expert with so many tokens): seconds of all its columns.
 
     use_expert, expert_layer are indices; expert_bytes, rest_bytes count for the device if resident there.
+    Experts of a layer that are used alike stand together as one: the problem is linear in columns.
     """
 
     use_expert: NDArray[np.int64]
@@ -173,27 +173,29 @@ def _relax(
 ) -> _Relaxed:
     where, share = routing_of(spec, workload), 1 / len(steps)
     experts, cpu, gpu, link = [], [], [], []
-    owners = np.repeat(np.arange(spec.n_layers), [la.ffn.n_experts for la in spec.layers])
-    sizes = np.array([float(la.ffn.columns * spec.column_bytes(i)) for i, la in enumerate(spec.layers)])[owners]
+    owners: list[int] = []
+    sizes: list[float] = []
     per_byte_s = _per_byte_s(profile)
     for layer, la in enumerate(spec.layers):
-        first = int(np.searchsorted(owners, layer))
-        tokens = np.array([where(step, layer) for step in steps])
+        tokens = np.sort(np.array([where(step, layer) for step in steps]), axis=0)
+        tokens, alike = np.unique(tokens, axis=1, return_counts=True)
         for n in np.unique(tokens[tokens > 0]).tolist():
-            columns = (tokens == n).sum(axis=0) * share * la.ffn.columns  # mean per step, of every expert
+            columns = (tokens == n).sum(axis=0) * share * la.ffn.columns * alike  # mean per step
             used = np.flatnonzero(columns)
-            experts.append(first + used)
+            experts.append(len(owners) + used)
             cpu.append(columns[used] * _per_column_s(spec, profile, "CPU", layer, n))
             gpu.append(columns[used] * _per_column_s(spec, profile, "GPU", layer, n))
             link.append(columns[used] * spec.column_bytes(layer) * per_byte_s)
+        sizes += (alike * float(la.ffn.columns * spec.column_bytes(layer))).tolist()
+        owners += [layer] * len(alike)
     kv = [workload.batch * spec.kv_bytes(la, workload.n_ctx) for la in range(spec.n_layers)]
     return _Relaxed(
         use_expert=np.concatenate(experts),
         cpu_s=np.concatenate(cpu),
         gpu_s=np.concatenate(gpu),
         link_s=np.concatenate(link),
-        expert_layer=owners,
-        expert_bytes=sizes,
+        expert_layer=np.array(owners, dtype=np.int64),
+        expert_bytes=np.array(sizes),
         rest_bytes=np.array([float(spec.rest_bytes(la) + kv[la]) for la in range(spec.n_layers)]),
         chain_gpu_s=_chain_s(spec, profile, "GPU", steps),
         chain_cpu_s=_chain_s(spec, profile, "CPU", steps),
@@ -265,7 +267,7 @@ def _per_byte_s(profile: HardwareProfile) -> float:
 def _least_ratio(profile: HardwareProfile, resource: Resource, op: Op, dtype: str, n_tokens: float) -> float:
     """Least ratio of time to roofline of an operation at n_tokens, over any size."""
     peak = profile.peak(resource)
-    curve = next((c for c in profile.curves if (c.resource, c.op, c.dtype) == (resource, op, dtype)), None)
+    curve = profile.curve(resource, op, dtype)
     if curve is None:
         return 1.0 / peak.efficiency
     nodes = curve.grid.xs

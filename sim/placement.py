@@ -67,10 +67,13 @@ class Filling:
             return 1
         return ffn.n_experts if self.unit == "experts" else -(-ffn.columns // granule(ffn.columns))
 
-    def gg(self, layer: int) -> NDArray[np.int64]:
-        """Resident columns of every expert, [u, expert], of a layer that holds its first u units."""
+    def gg(self, layer: int, units: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Resident columns of every expert, [u, expert], of a layer that holds its first units[u] units.
+
+        By default for every number of units from none to all.
+        """
         ffn = self.spec.layers[layer].ffn
-        n_units = np.arange(self.units(layer) + 1)[:, None]
+        n_units = (np.arange(self.units(layer) + 1) if units is None else units)[:, None]
         if self.unit == "experts":
             return np.where(popularity_ranks(self.spec, self.workload, layer) < n_units, ffn.columns, 0)
         step = granule(ffn.columns) if self.unit == "columns" else ffn.columns
@@ -110,6 +113,6 @@ class Filling:
         """Placement of the first n_units units."""
         counts = np.bincount(self.sequence[:n_units], minlength=self.spec.n_layers)
         return tuple(
-            LayerPartition("CPU" if i < self.first_layer else "GPU", tuple(self.gg(i)[counts[i]].tolist()))
+            LayerPartition("CPU" if i < self.first_layer else "GPU", tuple(self.gg(i, counts[[i]])[0].tolist()))
             for i in range(self.spec.n_layers)
         )

@@ -70,7 +70,7 @@ class StepTimes:
             kind, rows, which = self._placements(filling, layer, units)
             key = (kind, sendings)
             if key not in self._routed:
-                gg, routing = filling.gg(layer)[rows], self.routing[layer]
+                gg, routing = filling.gg(layer, rows), self.routing[layer]
                 self._routed[key] = routed_mlp_s(self.prices, layer, gg, routing, sendings, self.slowed)
             total += self._routed[key][contended][which]
         return total
@@ -118,7 +118,7 @@ class StepTimes:
         kind, rows, u = self._placements(filling, layer, units)
         key = (kind, ahead)
         if key not in self._ahead:
-            gg = filling.gg(layer)[rows]
+            gg = filling.gg(layer, rows)
             self._ahead[key] = ahead_costs(self.prices, layer, gg, self.routing[layer], ahead)
         table = self._ahead[key]
         gg_s, cg_s, cc_s, send_s = table.gg_s, table.cg_s, table.cc_s, table.send_s
