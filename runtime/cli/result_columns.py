@@ -52,6 +52,17 @@ SIMULATED_COLUMNS = (
     quantity("h2d_busy", "H2D busy", _percent),
 )
 
+
+def _reason(name: str) -> Column:
+    """The start of a long text; programs get all of it."""
+
+    def cell(row: Row) -> str:
+        text = str(row.get(name) or "")
+        return text if len(text) <= 72 else f"{text[:70]} ..."
+
+    return Column(name, cell)
+
+
 SWEPT_COLUMNS = (
     key("model"),
     key("hardware"),
@@ -60,8 +71,8 @@ SWEPT_COLUMNS = (
     _HEAD[3],
     *_SPEEDS,
     quantity("bound_fraction", "of bound", _percent),
-    key("refused"),
-    key("failed"),
+    _reason("refused"),
+    _reason("failed"),
 )
 
 MEASURED_COLUMNS = (
