@@ -13,9 +13,9 @@ Proof. Take any plan and any step of the set.
     remains is a sum over layers (where attention lives), columns (resident or not) and columns in a step
     (CPU or link and GPU). Taking the cheapest choice for each on its own can only lower it.
 4.  An MLP part of k columns takes at least k times a floor per column, a copy at least a floor per byte
-    (`_per_column_s`, `_per_byte_s`): inside a curve time over roofline is at least the least ratio at the
-    neighbouring nodes (hwmodels.interpolate), beyond it the profile scales by the roofline. So the least ratio
-    over the curve's nodes holds everywhere.
+    (`_per_column_s`, `_per_byte_s`): between two nodes of a curve time over roofline is at least the smaller
+    of the nodes' ratios (hwmodels.interpolate), and beyond its nodes the profile scales by the roofline. So
+    the least ratio over the nodes holds everywhere.
 The bound is the largest value found over the multipliers; each of them proves it. A plan that leaves the device
 alone needs no activations on it, the exception to 3.: A + C with everything on the CPU bounds it.
 """
