@@ -51,7 +51,7 @@ def profiles(draw: st.DrawFn, spec: ModelSpec) -> HardwareProfile:
     return profile.with_(curves=tuple(curves))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_no_plan_beats_the_bound(data):
     spec = data.draw(specs())
@@ -77,7 +77,7 @@ def test_the_best_plan_known_does_not_beat_the_bound_either(spec, share, contend
 
 
 @given(st.sampled_from((dense(), moe())), st.floats(0.0, 1.5), st.floats(0.0, 1.0))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_more_device_memory_never_raises_the_bound(spec, share, more):
     workload = Workload(8, 4)
     now, then = (bound(spec, machine(), budget(spec, workload, s), workload) for s in (share, share + more))
