@@ -45,7 +45,8 @@ def ranking(rows: Sequence[Row], metric: str = "decode_tok_s", title: str | None
             axes.barh(y + 0.19, simulated, 0.36, color=SIMULATED, label="simulated" if y == 0 else None)
         if measured is not None:
             axes.barh(y - 0.19, measured, 0.36, color=MEASURED, label="measured" if y == 0 else None)
-            axes.errorbar(measured, y - 0.19, xerr=row.get("stddev", {}).get(metric), color=BLACK, capsize=2, linewidth=0.8)
+            spread = row.get("stddev", {}).get(metric)
+            axes.errorbar(measured, y - 0.19, xerr=spread, color=BLACK, capsize=2, linewidth=0.8)
         end = max(v for v in (simulated, measured) if v is not None)
         axes.annotate(_note(simulated, measured), (end, y), (5, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set_yticks(range(len(pairs)), [str(row["policy"]) for row, _, _ in pairs])

@@ -283,9 +283,7 @@ def test_an_executor_that_breaks_keeps_what_it_did(tmp_path: Path) -> None:
                 raise BrokenExecutor("no more")
             return super().submit(call, *arguments, **named)
 
-    with pytest.raises(
-        ExecutionError, match="the executor broke; calls lost with it: 1, the first of moe on made-up"
-    ):
+    with pytest.raises(ExecutionError, match="the executor broke; calls lost with it: 1, the first of moe on made-up"):
         sweep.sweep(points(), tmp_path, Breaking())
     assert sweep.sweep(points(), tmp_path).n_found == 3
 
