@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from experiments.record import RESULTS, record
 from hwmodels.profile import HardwareProfile
-from runtime.calibrate import calibrate
+from runtime.calibrate import QUICK, SMOKE, Extent, calibrate
 from runtime.devices import open_device
 from runtime.measure import Measured, measure, median_run
 from runtime.session import PlannedModel
@@ -111,12 +111,12 @@ def loaded(config: Config, own: Sequence[Plan], device: str) -> Iterator[list[Pl
         yield models
 
 
-def run(name: str, config: Config, workload: Workload, device: str, repetitions: int, quick: bool) -> list[Any]:
+def run(name: str, config: Config, workload: Workload, device: str, repetitions: int, extent: Extent) -> list[Any]:
     """(row, simulated, measured) of every plan for one shape, and its profile at the end."""
     spec = from_config(config, name)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(dict(config)))
-        profile = replace(calibrate(Path(folder), device, quick), name=f"{device}-{name}")
+        profile = replace(calibrate(Path(folder), device, extent=extent), name=f"{device}-{name}")
     own = plans(spec, workload)
     prompt = [3 + i % 1000 for i in range(workload.n_prompt)]
     runs: dict[str, list[Measured]] = {plan.policy: [] for plan in own}
@@ -168,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = flags.out or (None if flags.smoke else RESULTS / "overlap")
     rows, profiles = [], {}
     for name, config in shapes.items():
-        *results, profile = run(name, config, workload, flags.device, repetitions, quick=True)
+        extent = SMOKE if flags.smoke else QUICK
+        *results, profile = run(name, config, workload, flags.device, repetitions, extent)
         profiles[name] = profile.id
         rows += [row for row, _, _ in results]
         if out is not None:

@@ -1,31 +1,74 @@
-"""From raw timings to a profile's numbers: medians with their spread, peaks, hand-offs, contention.
+"""From raw timings to a profile's numbers: medians with their spread, peaks, hand-offs, contention, laws.
 
-The measuring itself happens in runtime.microbench, through the same executor that runs plans.
+The measuring itself happens in runtime.microbench and runtime.standin, through the same executor that runs plans.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
-from hwmodels.interpolate import Grid
-from hwmodels.profile import RESOURCES, Contention, Curve, Peak, Resource, Sample
+from hwmodels.errors import FormatError
+from hwmodels.interpolate import LAWS, Grid, Law, Laws
+from hwmodels.load import BUSY_SHARE
+from hwmodels.profile import AXES, RESOURCES, Contention, Curve, Peak, Resource, Sample
 from hwmodels.work import Work
+
+FLOOR_S = 50e-6
+"""About what handing a task to another thread takes: errors below it are lost there, whatever share of a task."""
+DRIFT_SHARE = 0.15
+"""Difference of the yardstick before and after from which on a calibration is marked."""
+_LARGE_BYTES = 1 << 20  # below, caches and fixed costs decide, not the memory or the link
+_KNOWN_SHARE = 0.02  # half a confidence interval, of the median
+_KNOWN_S = 1e-6  # or so many seconds: the clock and the loop around it
+_LEAST_REPEATS = 5
+_YARDSTICKS = ("stream_read", "stream_copy")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of a calibration measured. others_load is the share of all cores that others took meanwhile."""
+
+    curves: tuple[Curve, ...] = ()
+    handoff_s: dict[str, float] = field(default_factory=dict)
+    contention: tuple[Contention, ...] = ()
+    others_load: float | None = None
+
+
+# -- from repeats to numbers --------------------------------------------------------------------------
 
 
 def summarise(work: Work, times_s: Sequence[float]) -> Sample:
-    """A curve's sample of repeated timings: median, and p90 - p10 as the spread."""
+    """A curve's sample of repeated timings: median, p90 - p10 as the spread, and how many lie far off.
+
+    Far is more than three standard deviations, estimated from the median distance to the median; they stay in.
+    """
     ordered = sorted(times_s)
     last = len(ordered) - 1
+    middle_s = statistics.median(ordered)
     spread_s = ordered[round(0.9 * last)] - ordered[round(0.1 * last)]
+    far_s = max(3 * 1.4826 * statistics.median(abs(t - middle_s) for t in ordered), _KNOWN_SHARE * middle_s)
+    outliers = sum(abs(t - middle_s) > far_s for t in ordered)
     return Sample(
-        work.n_tokens, work.flops, work.weight_bytes, work.io_bytes, statistics.median(ordered), spread_s, len(ordered)
+        work.n_tokens, work.flops, work.weight_bytes, work.io_bytes, middle_s, spread_s, len(ordered), outliers
     )
 
 
-_LARGE_BYTES = 1 << 20  # below, caches and fixed costs decide, not the memory or the link
+def is_known(times_s: Sequence[float]) -> bool:
+    """Whether more repeats would hardly move the median: its 95 % interval is within 2 % or a microsecond.
+
+    The interval is 1.58 interquartile ranges over the root of the count (McGill, Tukey, Larsen 1978).
+    """
+    n = len(times_s)
+    if n < _LEAST_REPEATS:
+        return False
+    low, middle, high = statistics.quantiles(times_s, n=4)
+    return 1.58 * (high - low) / math.sqrt(n) <= max(_KNOWN_SHARE * middle, _KNOWN_S)
 
 
 def fastest(curves: Iterable[Curve], resource: Resource) -> Peak:
@@ -44,12 +87,11 @@ def fastest(curves: Iterable[Curve], resource: Resource) -> Peak:
             if s.flops > 0:
                 flops_per_s[curve.dtype] = max(flops_per_s.get(curve.dtype, 0.0), s.flops / s.median_s)
     peak = Peak(flops_per_s, bytes_per_s, 1.0, 0.0, "measured")
-    shares = [
-        peak.roofline_s(c.dtype, s.flops, s.weight_bytes + s.io_bytes) / s.median_s for c in own for s in c.samples
-    ]
+    tasks = [(c.dtype, s) for c in own if c.op not in _YARDSTICKS for s in c.samples]
+    shares = [peak.roofline_s(dtype, s.flops, s.weight_bytes + s.io_bytes) / s.median_s for dtype, s in tasks]
     known = [share for share in shares if share > 0]
     efficiency = min(1.0, statistics.median(known)) if known else 1.0
-    fixed_s = min((s.median_s for c in own for s in c.samples), default=0.0)
+    fixed_s = min((s.median_s for _, s in tasks), default=0.0)
     return Peak(flops_per_s, bytes_per_s, efficiency, fixed_s, "measured")
 
 
@@ -58,24 +100,54 @@ def handoffs(delays_s: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {pair: max(0.0, statistics.median(values)) for pair, values in sorted(delays_s.items()) if values}
 
 
-def contention(alone_s: Mapping[str, float], together_s: Mapping[str, float]) -> Contention:
-    """Rates of resources working together: time alone over time together, at most 1."""
+def contention(
+    alone_s: Mapping[Resource, Sequence[float]], together_s: Mapping[Resource, Sequence[float]]
+) -> Contention:
+    """Rates of resources working together: time alone over time together, at most 1.
+
+    Times by resource, one per round; the rate is the median over rounds, so that what drifts between
+    rounds cancels.
+    """
     active = tuple(name for name in RESOURCES if name in together_s)
-    rate = {str(name): max(0.01, min(1.0, alone_s[name] / together_s[name])) for name in active}
+    rate = {}
+    for name in active:
+        shares = [alone / together for alone, together in zip(alone_s[name], together_s[name], strict=True)]
+        rate[str(name)] = max(0.01, min(1.0, statistics.median(shares)))
     return Contention(active, rate, "measured")
 
 
-def group_medians(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Median of the values under each name."""
-    groups: dict[str, list[float]] = defaultdict(list)
-    for name, value in rows:
-        groups[name].append(value)
-    return {name: statistics.median(values) for name, values in groups.items()}
+def merged(curves: Iterable[Curve]) -> list[Curve]:
+    """Curves with the samples of all that describe the same thing, each with the laws that fit it best.
+
+    A point that was measured twice counts with the faster measurement, the less disturbed one.
+    """
+    groups: dict[tuple[str, str, str, int], list[Curve]] = defaultdict(list)
+    for curve in curves:
+        groups[curve.resource, curve.op, curve.dtype, curve.threads].append(curve)
+    return [
+        with_best_laws(
+            replace(same[0], samples=_fastest_points(AXES[same[0].op], (s for c in same for s in c.samples)))
+        )
+        for same in groups.values()
+    ]
+
+
+def _fastest_points(axes: tuple[str, str], samples: Iterable[Sample]) -> tuple[Sample, ...]:
+    points: dict[tuple[float, float], Sample] = {}
+    for sample in sorted(samples, key=lambda s: -s.median_s):
+        points[getattr(sample, axes[0]), getattr(sample, axes[1])] = sample
+    return tuple(points[point] for point in sorted(points))
+
+
+# -- how good a curve is ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Residual:
-    """How well a curve predicts what it was not told: leave-one-out errors, as shares of the measured time."""
+    """How well a curve predicts what it was not told: leave-one-out errors.
+
+    median and worst are shares of the measured time, or of FLOOR_S where that is longer.
+    """
 
     curve: str
     n_points: int
@@ -86,24 +158,85 @@ class Residual:
 def residuals(curves: Iterable[Curve]) -> list[Residual]:
     """Leave-one-out errors of every curve that has points between others.
 
-    Each inner node of an axis is left out with its whole line and predicted from its neighbours.
+    Each inner node of an axis is left out with its whole line and predicted from its neighbours. A token
+    count whose two neighbours are the whole numbers beside it is not: nothing is ever interpolated there.
     """
     found = []
     for curve in curves:
-        errors = _left_out(curve.grid)
+        errors = [*_left_out(curve.grid, 0), *_left_out(curve.grid, 1)]
         if errors:
             name = f"{curve.resource} {curve.op} {curve.dtype}"
             found.append(Residual(name, len(errors), statistics.median(errors), max(errors)))
     return found
 
 
-def _left_out(grid: Grid) -> list[float]:
-    errors = []
-    for i in range(1, len(grid.xs) - 1):
-        rest = Grid((*grid.xs[:i], *grid.xs[i + 1 :]), grid.ys, (*grid.values[:i], *grid.values[i + 1 :]))
-        errors += [abs(rest.at(grid.xs[i], y) / value - 1) for y, value in zip(grid.ys, grid.values[i], strict=True)]
-    for j in range(1, len(grid.ys) - 1):
-        rows = tuple((*row[:j], *row[j + 1 :]) for row in grid.values)
-        rest = Grid(grid.xs, (*grid.ys[:j], *grid.ys[j + 1 :]), rows)
-        errors += [abs(rest.at(x, grid.ys[j]) / row[j] - 1) for x, row in zip(grid.xs, grid.values, strict=True)]
-    return errors
+def with_best_laws(curve: Curve) -> Curve:
+    """The curve with the law that predicts left-out points best on each axis; linear if no other is clearly better."""
+    laws: Laws = (_best_law(curve.grid, 0), _best_law(curve.grid, 1))
+    return replace(curve, laws=laws)
+
+
+def _best_law(grid: Grid, axis: int) -> Law:
+    errors: dict[Law, float] = {}
+    for law in LAWS:
+        laws: Laws = (law, "linear") if axis == 0 else ("linear", law)
+        try:
+            found = list(_left_out(replace(grid, laws=laws), axis))
+        except FormatError:  # an axis that begins at zero has no logarithm
+            continue
+        if not found:
+            return "linear"
+        errors[law] = statistics.mean(found)
+    best = min(errors, key=lambda law: errors[law])
+    return best if errors[best] < 0.8 * errors["linear"] else "linear"
+
+
+def _left_out(grid: Grid, axis: int) -> Iterator[float]:
+    """Errors of an axis's inner nodes, predicted without them."""
+    nodes = grid.xs if axis == 0 else grid.ys
+    for i in range(1, len(nodes) - 1):
+        if axis == 0 and nodes[i + 1] - nodes[i - 1] <= 2:
+            continue
+        rest = _without(grid, axis, i)
+        for k, other in enumerate(grid.ys if axis == 0 else grid.xs):
+            found_s = rest.at(nodes[i], other) if axis == 0 else rest.at(other, nodes[i])
+            measured_s = grid.values[i][k] if axis == 0 else grid.values[k][i]
+            yield abs(found_s - measured_s) / max(measured_s, FLOOR_S)
+
+
+def _without(grid: Grid, axis: int, i: int) -> Grid:
+    if axis == 0:
+        return replace(grid, xs=_drop(grid.xs, i), values=_drop(grid.values, i))
+    return replace(grid, ys=_drop(grid.ys, i), values=tuple(_drop(row, i) for row in grid.values))
+
+
+def _drop(items: tuple[T, ...], i: int) -> tuple[T, ...]:
+    return (*items[:i], *items[i + 1 :])
+
+
+# -- what to know of a calibration --------------------------------------------------------------------
+
+
+def remarks(parts: Mapping[str, Part]) -> tuple[str, ...]:
+    """What makes a calibration doubtful, a sentence each: others at work meanwhile, a yardstick that moved."""
+    busy = {name: part.others_load for name, part in parts.items() if (part.others_load or 0.0) >= BUSY_SHARE}
+    found = []
+    if busy:
+        worst = max(load or 0.0 for load in busy.values())
+        found.append(
+            f"Other programs kept up to {worst:.0%} of all cores busy while {', '.join(busy)} "
+            f"{'was' if len(busy) == 1 else 'were'} measured: times may be too long. Calibrate again without them."
+        )
+    return (*found, *_drifts(c for part in parts.values() for c in part.curves))
+
+
+def _drifts(curves: Iterable[Curve]) -> Iterator[str]:
+    """A sentence for every yardstick whose measurements, before and after all others, differ."""
+    speeds: dict[str, list[float]] = defaultdict(list)
+    for curve in curves:
+        if curve.op in _YARDSTICKS:
+            speeds[f"{curve.op} on the {curve.resource}"] += [s.io_bytes / s.median_s for s in curve.samples]
+    for name, found in speeds.items():
+        if max(found) > (1 + DRIFT_SHARE) * min(found):
+            gigabytes = " and ".join(f"{speed / 1e9:.1f}" for speed in found)
+            yield f"The yardstick {name} ran at {gigabytes} GB/s, before and after: the machine's speed changed."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hwmodels.errors import FormatError, ProfileError
-from hwmodels.interpolate import Grid
+from hwmodels.interpolate import LINEAR, Grid, Laws
 from hwmodels.schema import check_header, digest, from_json, read_json, to_json, write_json
 from hwmodels.work import Op, Work
 
@@ -32,6 +32,8 @@ AXES: dict[Op, tuple[str, str]] = {
     "sample": ("n_tokens", "io_bytes"),
     "pinned": ("n_tokens", "io_bytes"),
     "pageable": ("n_tokens", "io_bytes"),
+    "stream_read": ("n_tokens", "io_bytes"),
+    "stream_copy": ("n_tokens", "io_bytes"),
 }
 """Which two quantities of a Work each curve is a function of."""
 
@@ -46,7 +48,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Sample:
-    """One measured point: the work asked, the median of `count` repeats and their spread (p90 - p10)."""
+    """One measured point: the work asked, the median of `count` repeats and their spread (p90 - p10).
+
+    outliers of these lie far from the others; they are kept in median and spread.
+    """
 
     n_tokens: int
     flops: float
@@ -55,6 +60,7 @@ class Sample:
     median_s: float
     spread_s: float
     count: int
+    outliers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("n_tokens", "flops", "weight_bytes", "io_bytes", "spread_s"):
@@ -64,13 +70,16 @@ class Sample:
             raise FormatError(f"median_s is {self.median_s}, must be above zero")
         if self.count < 1:
             raise FormatError(f"count is {self.count}, must be at least 1")
+        if not 0 <= self.outliers <= self.count:
+            raise FormatError(f"outliers is {self.outliers}, must be between 0 and count, {self.count}")
 
 
 @dataclass(frozen=True)
 class Curve:
     """Time of one operation on one resource over its two axes (see AXES).
 
-    threads is the number of cores the measurement used; 0 where it means nothing.
+    threads is the number of cores the measurement used; 0 where it means nothing. laws say how time runs
+    between neighbours on each axis (hwmodels.interpolate).
     """
 
     resource: Resource
@@ -79,6 +88,7 @@ class Curve:
     threads: int
     source: Source
     samples: tuple[Sample, ...]
+    laws: Laws = LINEAR
 
     def __post_init__(self) -> None:
         if not self.samples:
@@ -92,7 +102,7 @@ class Curve:
     def grid(self) -> Grid:
         """The samples as an interpolation grid over the curve's axes."""
         x, y = AXES[self.op]
-        return Grid.of([(float(getattr(s, x)), float(getattr(s, y)), s.median_s) for s in self.samples])
+        return Grid.of([(float(getattr(s, x)), float(getattr(s, y)), s.median_s) for s in self.samples], self.laws)
 
     @cached_property
     def _shape(self) -> tuple[Grid, Grid, Grid]:
@@ -216,7 +226,13 @@ class HardwareProfile:
 
     @cached_property
     def _index(self) -> dict[tuple[str, str, str], Curve]:
-        return {(c.resource, c.op, c.dtype): c for c in self.curves}
+        # Curves of other thread counts are there to be compared, the profile's own count is what plans get.
+        own_last = sorted(self.curves, key=lambda c: c.threads in (0, self.cpu_threads))
+        return {(c.resource, c.op, c.dtype): c for c in own_last}
+
+    def curve(self, resource: Resource, op: Op, dtype: str) -> Curve | None:
+        """The curve that answers for an operation, None if there is none."""
+        return self._index.get((resource, op, dtype))
 
     @cached_property
     def _memo(self) -> dict[tuple[str, Work], Cost]:
@@ -225,8 +241,8 @@ class HardwareProfile:
     def time_s(self, resource: Resource, work: Work) -> Cost:
         """Seconds of `work` alone on `resource`, with its evidence.
 
-        Inside a measured curve: bilinear between neighbours. Beyond it: the boundary's efficiency is
-        held and the roofline carries the growth. Without a curve: the roofline times the peak's stated
+        Inside a measured curve: between neighbours, by the curve's laws. Beyond it: the boundary's efficiency
+        is held and the roofline carries the growth. Without a curve: the roofline times the peak's stated
         efficiency, labelled `specified`. Raises ProfileError if the profile has no such resource.
         """
         key = (resource, work)
@@ -240,7 +256,7 @@ class HardwareProfile:
     def _time_s(self, resource: Resource, work: Work) -> Cost:
         peak = self.peak(resource)
         roof_s = peak.roofline_s(work.dtype, work.flops, work.bytes)
-        curve = self._index.get((resource, work.op, work.dtype))
+        curve = self.curve(resource, work.op, work.dtype)
         if curve is None:
             return Cost(peak.fixed_s + roof_s / peak.efficiency, "specified")
         x_name, y_name = AXES[work.op]

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Op = Literal["ffn", "attn", "head", "embed", "join", "sample", "pinned", "pageable"]
+Op = Literal["ffn", "attn", "head", "embed", "join", "sample", "pinned", "pageable", "stream_read", "stream_copy"]
 """Names of the curves a profile may hold.
 
-ffn       a gated or plain MLP part: columns of one MLP or expert
-attn      everything in a layer that is not its MLP (norms, attention, router, shared experts)
-head      final norm and output projection
-embed     token embedding and the mask and position set-up of a step
-join      the sum of a layer's partial outputs
-sample    from logits to the next step's input: the host's loop
-pinned    a copy between device memory and page-locked host memory
-pageable  a copy between device memory and ordinary host memory
+ffn          a gated or plain MLP part: columns of one MLP or expert
+attn         everything in a layer that is not its MLP (norms, attention, router, shared experts)
+head         final norm and output projection
+embed        token embedding and the mask and position set-up of a step
+join         the sum of a layer's partial outputs
+sample       from logits to the next step's input: the host's loop
+pinned       a copy between device memory and page-locked host memory
+pageable     a copy between device memory and ordinary host memory
+stream_read  reading a large array of a resource's memory: a yardstick, no task of a plan
+stream_copy  copying one, bytes read and written both counted, as the STREAM benchmark does
 """
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-
-import torch
 
 from hwmodels.catalog import cache_folder
 from hwmodels.errors import FormatError
-from hwmodels.machine import fingerprint
 from hwmodels.profile import HardwareProfile, load_profile
-from hwmodels.schema import digest
 from runtime.calibrate import calibrate
 from runtime.devices import device_name
+from runtime.resume import measurement_key
 from sim.model import load_model
 
 
@@ -23,10 +19,7 @@ def profile_path(folder: Path, device: str, quick: bool, cpu_threads: int | None
     The name carries what the measurement depends on; another CPU, GPU, torch or shape is another file.
     """
     spec, name = load_model(folder, dtype), device_name(device)
-    machine = {k: fingerprint().get(k, "") for k in ("cpu", "cores")}
-    gpu = torch.cuda.get_device_name(name) if name != "emulated" else ""
-    cores = sorted(os.sched_getaffinity(0))
-    key = digest([machine, gpu, name, torch.__version__, spec.id, quick, cpu_threads, cores])
+    key = measurement_key(spec, name, cpu_threads, "quick" if quick else "full")
     return cache_folder() / "profiles" / f"{name.partition(':')[0]}-{spec.name}-{key}.json"
 
 

@@ -6,18 +6,21 @@ measured is what a plan will pay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from hwmodels import work
-from hwmodels.calibrate import contention, group_medians, summarise
+from hwmodels.calibrate import contention, summarise
 from hwmodels.profile import Contention, Curve, Resource, Sample
 from hwmodels.work import Work
 from runtime.devices.base import Body, Device
 from runtime.ops import Activation, Piece, gated_mlp, piece_views, routed_mlp
+from runtime.rounds import Case, Effort, Tick, in_rounds
 from runtime.synthetic import fill_small
 from sim.graph import Kind, Task
 from sim.model import ModelSpec
@@ -26,17 +29,19 @@ BodyOf = Callable[[int], Body]
 """The body of a measurement's i-th task: each touches other weights than the one before."""
 
 _POOL_BYTES = 192 << 20  # several times any cache: weights must come from memory
-_ROUNDS = 3
+_LONG_S = 10e-3  # a task that long needs no other before it to warm up
+_LOAD_COPY_BYTES = 4 << 20
 _Load = tuple[Work, BodyOf, float]
 """What a resource is kept at work with: a demand, its bodies, and seconds of one task alone."""
+LINKS: tuple[Resource, Resource] = ("H2D", "D2H")
 _KIND: dict[Resource, Kind] = {"CPU": "cc", "GPU": "gg", "H2D": "send", "D2H": "act_d2h"}
 
 
 class MicroBench:
     """Synthetic weights and activations of a model's shapes, and timings of tasks over them."""
 
-    def __init__(self, spec: ModelSpec, device: Device, act: Activation, repetitions: int) -> None:
-        self.spec, self.device, self.act, self.repetitions = spec, device, act, repetitions
+    def __init__(self, spec: ModelSpec, device: Device, act: Activation, effort: Effort, tick: Tick) -> None:
+        self.spec, self.device, self.act, self.effort, self.tick = spec, device, act, effort, tick
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.layer = max(range(spec.n_layers), key=lambda i: spec.layers[i].ffn.n_experts)
         self.columns = spec.layers[self.layer].ffn.columns
@@ -61,25 +66,42 @@ class MicroBench:
         self._issued += 1
         return Task(f"micro.{resource}.{self._issued}", _KIND[resource], resource, (demand,))
 
-    def _samples(self, resource: Resource, cases: Sequence[tuple[Work, BodyOf]]) -> tuple[Sample, ...]:
-        """Samples of several works. Rounds over all of them, so that a disturbance touches one round of each."""
-        times: list[list[float]] = [[] for _ in cases]
-        for number in range(self.repetitions):
-            for seconds, (demand, body_of) in zip(times, cases, strict=True):
-                tasks = [(self.task(resource, demand), body_of(3 * number + i)) for i in range(3)]
-                _, *kept = self.times_s(tasks)[resource]  # the first one warms up
-                seconds += [end - start for start, end in kept]
-        return tuple(summarise(demand, seconds) for seconds, (demand, _) in zip(times, cases, strict=True))
+    def _curves(self, cases: Sequence[tuple[Resource, Work, BodyOf]]) -> list[Curve]:
+        """Curves of what several resources do alone, a case after the other."""
+        visits = [self._case(resource, demand, body_of) for resource, demand, body_of in cases]
+        rows: dict[tuple[Resource, work.Op], list[Sample]] = defaultdict(list)
+        for (resource, demand), seconds in in_rounds(visits, self.effort, self.tick).items():
+            rows[resource, demand.op].append(summarise(demand, seconds))
+        threads = {"CPU": self.device.cpu_threads}
+        return [Curve(r, op, self.spec.dtype, threads.get(r, 0), "measured", tuple(s)) for (r, op), s in rows.items()]
+
+    def _case(self, resource: Resource, demand: Work, body_of: BodyOf) -> Case[tuple[Resource, Work]]:
+        """Each visit runs three tasks over different weights and drops the first; of long ones it runs one."""
+        issued, longest_s = 0, 0.0
+
+        def visit() -> Iterator[tuple[tuple[Resource, Work], float]]:
+            nonlocal issued, longest_s
+            n = 1 if longest_s > _LONG_S else 3
+            spans = self.times_s([(self.task(resource, demand), body_of(issued + i)) for i in range(n)])[resource]
+            issued += n
+            for start, end in spans[-2:] if n > 1 else spans:
+                longest_s = max(longest_s, end - start)
+                yield (resource, demand), end - start
+
+        return visit
 
     # -- MLP parts ------------------------------------------------------------------------------------
 
-    def ffn_curve(self, resource: Resource, n_tokens: Sequence[int], columns: Sequence[int]) -> Curve:
-        """Time of MLP parts of several widths for several token counts."""
-        cases = [
-            (self.spec.ffn_work(self.layer, n, c), self._ffn_bodies(resource, n, c)) for c in columns for n in n_tokens
-        ]
-        threads = self.device.cpu_threads if resource == "CPU" else 0
-        return Curve(resource, "ffn", self.spec.dtype, threads, "measured", self._samples(resource, cases))
+    def ffn_curves(self, resources: Sequence[Resource], n_tokens: Sequence[int], columns: Sequence[int]) -> list[Curve]:
+        """Times of MLP parts of several widths for several token counts."""
+        return self._curves(
+            [
+                (r, self.spec.ffn_work(self.layer, n, c), self._ffn_bodies(r, n, c))
+                for r in resources
+                for c in columns
+                for n in n_tokens
+            ]
+        )
 
     def _ffn_bodies(self, resource: Resource, n_tokens: int, columns: int) -> BodyOf:
         pool = self.host if resource == "CPU" else self.resident
@@ -103,16 +125,17 @@ class MicroBench:
 
     # -- copies ---------------------------------------------------------------------------------------
 
-    def copy_curve(self, resource: Resource, sizes: Sequence[int], pinned: bool) -> Curve:
-        """Time of copies of several sizes on H2D or D2H, from page-locked or ordinary host memory."""
-        host = self.host if pinned else fill_small(torch.empty_like(self.host, device="cpu"))
+    def copy_curves(self, pinned_sizes: Sequence[int], pageable_sizes: Sequence[int]) -> list[Curve]:
+        """Times of copies of several sizes to and from the device, from page-locked and ordinary host memory."""
+        ordinary = fill_small(torch.empty_like(self.host, device="cpu"))
         cases = []
-        for n_bytes in sizes:
-            n = n_bytes // self.dtype.itemsize
-            demand = work.copy(n * self.dtype.itemsize, self.spec.dtype, pinned)
-            cases.append((demand, self._copy_bodies(resource, host, n, pinned)))
-        op: work.Op = "pinned" if pinned else "pageable"
-        return Curve(resource, op, self.spec.dtype, 0, "measured", self._samples(resource, cases))
+        for pinned, sizes in ((True, pinned_sizes), (False, pageable_sizes)):
+            for resource in LINKS:
+                for n in (n_bytes // self.dtype.itemsize for n_bytes in sizes):
+                    demand = work.copy(n * self.dtype.itemsize, self.spec.dtype, pinned)
+                    host = self.host if pinned else ordinary
+                    cases.append((resource, demand, self._copy_bodies(resource, host, n, pinned)))
+        return self._curves(cases)
 
     def _copy_bodies(self, resource: Resource, host: Tensor, n: int, pinned: bool) -> BodyOf:
         def body_of(i: int) -> Body:
@@ -123,26 +146,44 @@ class MicroBench:
 
         return body_of
 
+    # -- yardstick ------------------------------------------------------------------------------------
+
+    def stream_curves(self) -> list[Curve]:
+        """The yardstick: reading and copying arrays far larger than any cache, on CPU and GPU."""
+        cases: list[tuple[Resource, Work, BodyOf]] = []
+        pools: dict[Resource, Tensor] = {"CPU": self.host, "GPU": self.resident}
+        for resource, pool in pools.items():
+            halves = pool[: pool.numel() // 128 * 128].view(torch.float32).chunk(2)
+            n_bytes = float(halves[0].nbytes)
+            read = Work("stream_read", self.spec.dtype, 1, 0.0, 0.0, n_bytes)
+            both = Work("stream_copy", self.spec.dtype, 1, 0.0, 0.0, 2 * n_bytes)
+            cases += [(resource, read, _reading(*halves)), (resource, both, _copying(*halves))]
+        return self._curves(cases)
+
     # -- together -------------------------------------------------------------------------------------
 
-    def contention(self, sets: Sequence[tuple[Resource, ...]], seconds: float) -> list[Contention]:
-        """Rates of resources working at once on what decode asks of them, each set against running alone."""
+    def contention(self, sets: Sequence[tuple[Resource, ...]], n_tokens: int, slice_s: float) -> list[Contention]:
+        """Rates of resources working at once, each set against running alone in the same round.
+
+        MLP parts are of n_tokens tokens; every set works for slice_s in each of twice the least number of rounds.
+        """
         members: list[Resource] = sorted({r for active in sets for r in active})
-        loads = {r: self._load(r) for r in members}
-        alone: dict[str, list[float]] = {r: [] for r in members}
-        together: list[dict[str, list[float]]] = [{r: [] for r in active} for active in sets]
-        for _ in range(_ROUNDS):
+        loads = {r: self._load(r, n_tokens) for r in members}
+        alone: dict[Resource, list[float]] = {r: [] for r in members}
+        together: list[dict[Resource, list[float]]] = [{r: [] for r in active} for active in sets]
+        rounds = 2 * self.effort.least
+        for number in range(rounds):
             for r in members:
-                alone[r].append(self._together((r,), loads, seconds / _ROUNDS)[r])
+                alone[r].append(self._together((r,), loads, slice_s)[r])
             for active, found in zip(sets, together, strict=True):
-                for name, each_s in self._together(active, loads, seconds / _ROUNDS).items():
+                for name, each_s in self._together(active, loads, slice_s).items():
                     found[name].append(each_s)
-        alone_s = {r: median(values) for r, values in alone.items()}
-        return [contention(alone_s, {r: median(values) for r, values in found.items()}) for found in together]
+            self.tick((number + 1) / rounds)
+        return [contention(alone, found) for found in together]
 
     def _together(
         self, active: Sequence[Resource], loads: Mapping[Resource, _Load], seconds: float
-    ) -> dict[str, float]:
+    ) -> dict[Resource, float]:
         """Median task time of each resource while all of them are at work."""
         tasks: list[tuple[Task, Body]] = []
         for resource in active:
@@ -154,15 +195,35 @@ class MicroBench:
         spans = self.times_s(tasks)
         first = max(s[0][0] for s in spans.values())
         last = min(s[-1][1] for s in spans.values())
-        inside = [(r, e - s) for r, rows in spans.items() for s, e in rows if s >= first and e <= last]
-        return group_medians(inside)
+        inside: dict[Resource, float] = {}
+        for resource in active:
+            whole = [e - s for s, e in spans[resource] if s >= first and e <= last]
+            inside[resource] = median(whole or [e - s for s, e in spans[resource]])
+        return inside
 
-    def _load(self, resource: Resource) -> _Load:
+    def _load(self, resource: Resource, n_tokens: int) -> _Load:
         if resource in ("CPU", "GPU"):
-            columns = self.columns
-            demand, bodies = self.spec.ffn_work(self.layer, 1, columns), self._ffn_bodies(resource, 1, columns)
+            demand = self.spec.ffn_work(self.layer, n_tokens, self.columns)
+            bodies = self._ffn_bodies(resource, n_tokens, self.columns)
         else:
-            n = (4 << 20) // self.dtype.itemsize
+            n = _LOAD_COPY_BYTES // self.dtype.itemsize
             demand = work.copy(n * self.dtype.itemsize, self.spec.dtype)
             bodies = self._copy_bodies(resource, self.host, n, pinned=True)
-        return demand, bodies, self._samples(resource, [(demand, bodies)])[0].median_s
+        _, *kept = self.times_s([(self.task(resource, demand), bodies(i)) for i in range(4)])[resource]
+        return demand, bodies, median(end - start for start, end in kept)
+
+
+def _reading(one: Tensor, other: Tensor) -> BodyOf:
+    totals = torch.empty((), dtype=one.dtype, device=one.device)
+
+    def read(of: Tensor) -> None:
+        torch.sum(of, dim=0, out=totals)
+
+    return lambda i: partial(read, (one, other)[i % 2])
+
+
+def _copying(one: Tensor, other: Tensor) -> BodyOf:
+    def copy(target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    return lambda i: partial(copy, other, one) if i % 2 else partial(copy, one, other)

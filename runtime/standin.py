@@ -1,0 +1,196 @@
+"""What calibration reads from whole forward passes: attention, ends, hand-offs, small copies, joins.
+
+A model of the same shapes with random weights and few layers stands for the real one. Its passes are run
+by the executor; the spans of its timelines are the measurements.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from hwmodels.calibrate import Part, handoffs, summarise
+from hwmodels.profile import Curve, Resource, Sample
+from hwmodels.work import Op, Work, copy
+from runtime.devices import open_device
+from runtime.rounds import Case, Effort, Tick, in_rounds
+from runtime.session import PlannedModel
+from runtime.synthetic import random_model, uniform_plan
+from sim.compile import compile_step
+from sim.graph import TaskGraph
+from sim.model import from_config
+from sim.plan import Place
+from sim.timeline import Timeline
+from sim.workload import Step
+
+N_PARTIAL = 3  # the overlapping run joins GG, CG and CC
+SMALL_COPY_BYTES = 1 << 18  # smaller copies are read from an overlapping run, where caches are cold
+_N_DECODE = 8
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A stand-in to build: its config, where its attention lives, shares of columns that are GG and sent ahead."""
+
+    config: Mapping[str, Any]
+    place: Place
+    gg_share: float
+    ahead_share: float
+    n_ctx: int
+    device: str
+    device_bytes: int
+    cpu_threads: int | None
+
+
+@contextmanager
+def built(stand_in: StandIn) -> Iterator[PlannedModel]:
+    """The model with random weights, closed at the end."""
+    s = stand_in
+    spec = from_config(s.config, "stand-in")
+    plan = uniform_plan(spec, s.place, s.gg_share, s.ahead_share, s.n_ctx, s.device_bytes)
+    with tempfile.TemporaryDirectory() as folder:
+        model = random_model(s.config, Path(folder), plan, open_device(s.device, s.device_bytes, s.cpu_threads))
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+# -- attention and the ends of a step -----------------------------------------------------------------
+
+
+def measure_rest(
+    model: PlannedModel, place: Place, n_tokens: Sequence[int], past: Sequence[int], effort: Effort, tick: Tick
+) -> Part:
+    """Curves of attn over tokens and depth, embed over tokens, head and sample, all on one place."""
+    spec = model.executor.spec
+    cases: list[Case[Work]] = [_pass_case(model, n, p) for n in n_tokens for p in past]
+    times = in_rounds([*cases, lambda: _decode_ends(model)], effort, tick)
+    samples: dict[Op, list[Sample]] = defaultdict(list)
+    for work, seconds in times.items():
+        samples[work.op].append(summarise(work, seconds))
+    threads = model.executor.device.cpu_threads if place == "CPU" else 0
+    return Part(tuple(Curve(place, op, spec.dtype, threads, "measured", tuple(rows)) for op, rows in samples.items()))
+
+
+def _pass_case(model: PlannedModel, n_tokens: int, past: int) -> Case[Work]:
+    """One forward pass: times of its attention parts, and of embed where it is a prompt's."""
+    spec = model.executor.spec
+    usual = statistics.mode(spec.rest_bytes(i) for i in range(spec.n_layers))  # other layers scale from these
+
+    def visit() -> Iterator[tuple[Work, float]]:
+        for span in forward(model, n_tokens, past).spans:
+            if span.kind == "attn" and spec.rest_bytes(span.layer) == usual:
+                yield spec.attention_work(span.layer, n_tokens, past + n_tokens), span.duration_s
+            elif span.kind == "embed" and n_tokens > 1:
+                yield spec.small_work("embed", n_tokens), span.duration_s
+
+    return visit
+
+
+def _decode_ends(model: PlannedModel) -> Iterator[tuple[Work, float]]:
+    """Times of a decode step's ends as generate runs them: embed, head and the loop between steps."""
+    spec = model.executor.spec
+    works = {"embed": spec.small_work("embed", 1), "head": spec.head_work(1), "sample": spec.small_work("sample", 1)}
+    for span in _generate(model).spans:
+        if span.kind in works and span.step not in ("prefill", "decode1"):
+            yield works[span.kind], span.duration_s
+
+
+def forward(model: PlannedModel, n_tokens: int, past: int) -> Timeline:
+    """One forward pass of n_tokens new tokens over a cache of `past` tokens."""
+    cache, executor = DynamicCache(config=model.config), model.executor
+    if past:
+        for i, layer in enumerate(executor.spec.layers):
+            here = executor.device.torch_device if executor.plan.layers[i].rest == "GPU" else torch.device("cpu")
+            shape = (1, layer.attention.n_kv_heads, past, layer.attention.head_dim)
+            keys = torch.zeros(shape, dtype=getattr(torch, executor.spec.dtype), device=here)
+            cache.update(keys, keys.clone(), i)
+    ids = torch.randint(0, executor.spec.vocab, (1, n_tokens), device=model.device)
+    executor.begin_run()
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return executor.end_run({})[0]
+
+
+def _generate(model: PlannedModel) -> Timeline:
+    ids = torch.randint(3, model.executor.spec.vocab, (1, 8), device=model.device)
+    n_gen = _N_DECODE + 1
+    model.generate(ids, max_new_tokens=n_gen, min_new_tokens=n_gen, do_sample=False, pad_token_id=0)
+    assert model.last_timeline is not None
+    return model.last_timeline
+
+
+# -- hand-offs, small copies, joins -------------------------------------------------------------------
+
+_Found = tuple[Resource, Work] | str
+"""What a resource did, or a pair of resources that a task was handed along."""
+
+
+def measure_overlapped(model: PlannedModel, n_tokens: Sequence[int], effort: Effort, tick: Tick) -> Part:
+    """Hand-offs of decode, and activation copies and joins of passes of n_tokens, all of an overlapping plan.
+
+    Of n_tokens only powers of two are run: nothing here changes from one token to the next.
+    """
+    spec = model.executor.spec
+    cases: list[Case[_Found]] = [_overlapped_case(model, n) for n in n_tokens if n & (n - 1) == 0]
+    times = in_rounds([*cases, lambda: _decode_delays(model)], effort, tick)
+    delays_s = {key: seconds for key, seconds in times.items() if isinstance(key, str)}
+    samples: dict[tuple[Resource, Op], list[Sample]] = defaultdict(list)
+    for key, seconds in times.items():
+        if not isinstance(key, str):
+            resource, work = key
+            samples[resource, work.op].append(summarise(work, seconds))
+    curves = (Curve(r, op, spec.dtype, 0, "measured", tuple(rows)) for (r, op), rows in samples.items())
+    return Part(tuple(curves), handoffs(delays_s))
+
+
+def _overlapped_case(model: PlannedModel, n_tokens: int) -> Case[_Found]:
+    spec = model.executor.spec
+
+    def visit() -> Iterator[tuple[_Found, float]]:
+        for span in forward(model, n_tokens, 0).spans:
+            if span.kind == "act_d2h" and span.bytes < SMALL_COPY_BYTES:
+                yield ("D2H", copy(span.bytes, spec.dtype)), span.duration_s
+            elif span.kind == "act_h2d" and span.bytes < SMALL_COPY_BYTES:
+                yield ("H2D", copy(span.bytes, spec.dtype)), span.duration_s
+            elif span.kind == "join":
+                yield ("GPU", spec.small_work("join", n_tokens * N_PARTIAL)), span.duration_s
+
+    return visit
+
+
+def _decode_delays(model: PlannedModel) -> Iterator[tuple[_Found, float]]:
+    """Delays of the decode steps of a generation, the first one left out."""
+    timeline, trace = _generate(model), model.last_routing
+    assert trace is not None
+    executor = model.executor
+    for number in range(2, _N_DECODE):
+        step = Step(f"decode{number}", 1, _N_DECODE + number)
+        graph = compile_step(executor.spec, executor.plan, step, lambda s, layer: trace.counts[s.name, layer])
+        yield from delays(graph, timeline)
+
+
+def delays(graph: TaskGraph, timeline: Timeline) -> Iterator[tuple[str, float]]:
+    """("FROM>TO", seconds) for tasks that waited for a dependency and not for their resource."""
+    span_of = {s.task: s for s in timeline.spans}
+    free_s: dict[str, float] = {}
+    for task in graph.tasks:
+        span = span_of.get(task.id)
+        if span is None:
+            continue
+        known = [span_of[d] for d in task.deps if d in span_of]
+        if known:
+            last = max(known, key=lambda s: s.end_s)
+            if last.end_s >= free_s.get(task.resource, 0.0):
+                yield f"{last.resource}>{task.resource}", span.start_s - last.end_s
+        free_s[task.resource] = max(free_s.get(task.resource, 0.0), span.end_s)
