@@ -19,6 +19,8 @@ from sim.placement import Filling
 from sim.plan import Place
 from sim.workload import Routing, Step
 
+_MOST_UNITS_PRICED_WHOLE = 128
+
 
 @dataclass
 class StepTimes:
@@ -53,10 +55,11 @@ class StepTimes:
     def _placements(self, filling: Filling, layer: int, units: Count) -> tuple[object, Count, Count]:
         """What decides a layer's tables, its distinct placements, and which of them each level has.
 
-        A dense layer's tables serve every layer with the same MLP, so they hold all placements.
+        Tables of all placements serve every order of filling, and dense layers each other; only where they
+        would be large they hold no more than is asked for.
         """
-        ffn, column = self.prices.spec.layers[layer].ffn, units[:, layer]
-        rows = np.unique(column) if ffn.is_moe else np.arange(filling.units(layer) + 1)
+        ffn, column, n_units = self.prices.spec.layers[layer].ffn, units[:, layer], filling.units(layer)
+        rows = np.arange(n_units + 1) if n_units <= _MOST_UNITS_PRICED_WHOLE else np.unique(column)
         owner = layer if filling.unit == "experts" else None  # whose experts come first differs by layer
         return (filling.unit, ffn, self.routing[layer], rows.tobytes(), owner), rows, np.searchsorted(rows, column)
 
