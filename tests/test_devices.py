@@ -329,9 +329,9 @@ def test_cores_are_shared_out_between_cpu_and_accelerator() -> None:
     n_cores = len(os.sched_getaffinity(0))
     for asked in (None, 1, n_cores, 1000):
         device = EmulatedDevice(0, asked)
+        device.close()
         assert device.cpu_threads == (max(1, n_cores // 2) if asked is None else min(asked, n_cores))
         assert device.gpu_threads == max(1, n_cores - device.cpu_threads)
-        device.close()
 
 
 class Sleeper:
@@ -347,11 +347,11 @@ class Sleeper:
         self.now_s += seconds
 
 
-def test_a_copy_takes_as_long_as_the_link_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_takes_as_long_as_the_link_says(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     # 4 MB at 2 MB/s are 2 s page-locked, 4 s at 1 MB/s from ordinary memory; one task's copies share a schedule
     clock, link = Sleeper(), Link(pinned_bytes_per_s=2e6, pageable_bytes_per_s=1e6, chunk_bytes=1 << 18)
     monkeypatch.setattr(emulated, "time", clock)
-    device = EmulatedDevice(0, link=link)
+    request.addfinalizer((device := EmulatedDevice(0, link=link)).close)
     source = torch.arange(1_000_000, dtype=torch.float32)
     for n_copies in (1, 4):
         for pinned, expected_s in ((True, 2.0), (False, 4.0)):
@@ -359,7 +359,6 @@ def test_a_copy_takes_as_long_as_the_link_says(monkeypatch: pytest.MonkeyPatch) 
             device.copy(list(zip(target.chunk(n_copies), source.chunk(n_copies), strict=True)), pinned)
             assert torch.equal(target, source)
             assert clock.now_s - before_s == pytest.approx(expected_s)
-    device.close()
 
 
 @pytest.mark.parametrize(
