@@ -15,13 +15,15 @@ from typing import TypeVar
 from hwmodels.errors import FormatError
 from hwmodels.interpolate import LAWS, Grid, Law, Laws
 from hwmodels.load import BUSY_SHARE
-from hwmodels.profile import AXES, RESOURCES, Contention, Curve, Peak, Resource, Sample
+from hwmodels.profile import AXES, RESOURCES, Contention, Curve, Peak, Repeats, Resource, Sample
 from hwmodels.work import Work
 
 FLOOR_S = 50e-6
 """About what handing a task to another thread takes: errors below it are lost there, whatever share of a task."""
 DRIFT_SHARE = 0.15
 """Difference of the yardstick before and after from which on a calibration is marked."""
+GOOD_MEDIAN, GOOD_WORST = 0.05, 0.15
+"""Leave-one-out errors that a curve of a quiet machine stays below."""
 _LARGE_BYTES = 1 << 20  # below, caches and fixed costs decide, not the memory or the link
 _KNOWN_SHARE = 0.02  # half a confidence interval, of the median
 _KNOWN_S = 1e-6  # or so many seconds: the clock and the loop around it
@@ -36,6 +38,7 @@ class Part:
 
     curves: tuple[Curve, ...] = ()
     handoff_s: dict[str, float] = field(default_factory=dict)
+    handoff_repeats: dict[str, Repeats] = field(default_factory=dict)
     contention: tuple[Contention, ...] = ()
     others_load: float | None = None
 
@@ -48,15 +51,17 @@ def summarise(work: Work, times_s: Sequence[float]) -> Sample:
 
     Far is more than three standard deviations, estimated from the median distance to the median; they stay in.
     """
-    ordered = sorted(times_s)
-    last = len(ordered) - 1
-    middle_s = statistics.median(ordered)
-    spread_s = ordered[round(0.9 * last)] - ordered[round(0.1 * last)]
-    far_s = max(3 * 1.4826 * statistics.median(abs(t - middle_s) for t in ordered), _KNOWN_SHARE * middle_s)
-    outliers = sum(abs(t - middle_s) > far_s for t in ordered)
-    return Sample(
-        work.n_tokens, work.flops, work.weight_bytes, work.io_bytes, middle_s, spread_s, len(ordered), outliers
-    )
+    middle_s, found = statistics.median(times_s), repeats(times_s)
+    far_s = max(3 * 1.4826 * statistics.median(abs(t - middle_s) for t in times_s), _KNOWN_SHARE * middle_s)
+    outliers = sum(abs(t - middle_s) > far_s for t in times_s)
+    size = (work.n_tokens, work.flops, work.weight_bytes, work.io_bytes)
+    return Sample(*size, middle_s, found.spread, found.count, outliers)
+
+
+def repeats(values: Sequence[float]) -> Repeats:
+    """Number and p90 - p10 of repeated measurements."""
+    ordered, last = sorted(values), len(values) - 1
+    return Repeats(ordered[round(0.9 * last)] - ordered[round(0.1 * last)], len(ordered))
 
 
 def is_known(times_s: Sequence[float]) -> bool:
@@ -95,9 +100,11 @@ def fastest(curves: Iterable[Curve], resource: Resource) -> Peak:
     return Peak(flops_per_s, bytes_per_s, efficiency, fixed_s, "measured")
 
 
-def handoffs(delays_s: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Median delay per "FROM>TO" pair of resources, never below zero."""
-    return {pair: max(0.0, statistics.median(values)) for pair, values in sorted(delays_s.items()) if values}
+def handoffs(delays_s: Mapping[str, Sequence[float]]) -> Part:
+    """Median delay per "FROM>TO" pair of resources, never below zero, and how it was measured."""
+    known = {pair: values for pair, values in sorted(delays_s.items()) if values}
+    medians = {pair: max(0.0, statistics.median(values)) for pair, values in known.items()}
+    return Part(handoff_s=medians, handoff_repeats={pair: repeats(values) for pair, values in known.items()})
 
 
 def contention(
@@ -109,11 +116,12 @@ def contention(
     rounds cancels.
     """
     active = tuple(name for name in RESOURCES if name in together_s)
-    rate = {}
-    for name in active:
-        shares = [alone / together for alone, together in zip(alone_s[name], together_s[name], strict=True)]
-        rate[str(name)] = max(0.01, min(1.0, statistics.median(shares)))
-    return Contention(active, rate, "measured")
+    shares = {
+        str(name): [alone / together for alone, together in zip(alone_s[name], together_s[name], strict=True)]
+        for name in active
+    }
+    rate = {name: max(0.01, min(1.0, statistics.median(found))) for name, found in shares.items()}
+    return Contention(active, rate, "measured", {name: repeats(found) for name, found in shares.items()})
 
 
 def merged(curves: Iterable[Curve]) -> list[Curve]:

@@ -47,6 +47,18 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Repeats:
+    """How often a number was measured, and p90 - p10 of what was found, in the number's own unit."""
+
+    spread: float
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.spread < 0 or self.count < 1:
+            raise FormatError(f"spread is {self.spread}, count {self.count}; expected at least 0 and at least 1")
+
+
+@dataclass(frozen=True)
 class Sample:
     """One measured point: the work asked, the median of `count` repeats and their spread (p90 - p10).
 
@@ -164,13 +176,19 @@ class Peak:
 
 @dataclass(frozen=True)
 class Contention:
-    """Rates, relative to running alone, of the resources that are active together."""
+    """Rates, relative to running alone, of the resources that are active together.
+
+    repeats says of each rate how it was measured, where it was.
+    """
 
     active: tuple[Resource, ...]
     rate: dict[str, float]
     source: Source
+    repeats: dict[str, Repeats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.repeats and set(self.repeats) != set(self.active):
+            raise FormatError(f"repeats names {sorted(self.repeats)}, active names {sorted(self.active)}; expected all")
         if set(self.rate) != set(self.active):
             raise FormatError(f"rate names {sorted(self.rate)}, active names {sorted(self.active)}; they must agree")
         for name, rate in self.rate.items():
@@ -188,6 +206,7 @@ class HardwareProfile:
     handoff_s    delay between a task's last dependency and its start, by "FROM>TO" resource
     sources      of vram_bytes, host_bytes, cpu_threads and handoff_s, by name; measured where not named
     notes        whose numbers these are and what to know of them, a sentence each
+    handoff_repeats  of the medians in handoff_s, by the same names, where they were measured
     """
 
     name: str
@@ -203,6 +222,7 @@ class HardwareProfile:
     contention: tuple[Contention, ...] = ()
     sources: dict[str, Source] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    handoff_repeats: dict[str, Repeats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.peaks:
@@ -216,6 +236,9 @@ class HardwareProfile:
                 raise FormatError(f"handoff_s names {pair!r}; write it as FROM>TO with {', '.join(RESOURCES)}")
             if seconds < 0:
                 raise FormatError(f"handoff_s.{pair} is {seconds}, must not be negative")
+        for pair in self.handoff_repeats:
+            if pair not in self.handoff_s:
+                raise FormatError(f"handoff_repeats names {pair!r}, which handoff_s lacks")
         if self.vram_bytes < 0 or self.host_bytes <= 0 or self.cpu_threads < 1:
             raise FormatError("vram_bytes must not be negative, host_bytes and cpu_threads must be above zero")
 
@@ -231,8 +254,11 @@ class HardwareProfile:
         return {(c.resource, c.op, c.dtype): c for c in own_last}
 
     def curve(self, resource: Resource, op: Op, dtype: str) -> Curve | None:
-        """The curve that answers for an operation, None if there is none."""
-        return self._index.get((resource, op, dtype))
+        """The curve that answers for an operation, None if there is none; a copy's bytes have no dtype."""
+        curve = self._index.get((resource, op, dtype))
+        if curve is None and op in ("pinned", "pageable"):
+            return next((c for key, c in self._index.items() if key[:2] == (resource, op)), None)
+        return curve
 
     @cached_property
     def _memo(self) -> dict[tuple[str, Work], Cost]:

@@ -150,6 +150,7 @@ def calibrate(
         handoff_s=parts["overlap"].handoff_s,
         contention=parts["together"].contention,
         notes=remarks(parts),
+        handoff_repeats=parts["overlap"].handoff_repeats,
     )
 
 

@@ -11,7 +11,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def measure_overlapped(model: PlannedModel, n_tokens: Sequence[int], effort: Eff
             resource, work = key
             samples[resource, work.op].append(summarise(work, seconds))
     curves = (Curve(r, op, spec.dtype, 0, "measured", tuple(rows)) for (r, op), rows in samples.items())
-    return Part(tuple(curves), handoffs(delays_s))
+    return replace(handoffs(delays_s), curves=tuple(curves))
 
 
 def _overlapped_case(model: PlannedModel, n_tokens: int) -> Case[_Found]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hwmodels.errors import FormatError
-from hwmodels.interpolate import Grid
+from hwmodels.interpolate import LAWS, Grid
 
 numbers = st.integers(0, 1000).map(float)
 axes = st.lists(numbers, min_size=1, max_size=5, unique=True)
@@ -81,3 +81,53 @@ def test_the_same_point_twice_is_refused():
 def test_points_that_form_no_grid_are_refused():
     with pytest.raises(FormatError, match="samples form no grid: 3 points for 2 x 2 nodes"):
         Grid.of([(1, 1, 1.0), (1, 2, 1.0), (2, 1, 1.0)])
+
+
+# -- laws ---------------------------------------------------------------------------------------------
+
+laws = st.tuples(st.sampled_from(LAWS), st.sampled_from(LAWS))
+positive_axes = st.lists(st.integers(1, 4096).map(float), min_size=1, max_size=5, unique=True)
+
+
+@given(positive_axes, positive_axes, laws, st.data())
+def test_every_law_gives_a_node_its_own_value_and_stays_between_its_neighbours(xs, ys, own, data):
+    nodes = list(product(xs, ys))
+    values = data.draw(st.lists(st.floats(1e-6, 1e3), min_size=len(nodes), max_size=len(nodes)))
+    grid = Grid.of([(x, y, value) for (x, y), value in zip(nodes, values, strict=True)], own)
+    assert [grid.at(x, y) for x, y in nodes] == pytest.approx(values)
+    x, y = data.draw(st.floats(1, 4096)), data.draw(st.floats(1, 4096))
+    assert min(values) * (1 - 1e-9) <= grid.at(x, y) <= max(values) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("law", "between"), [("linear", 2.5), ("log", 3.0), ("power", 2.0)])
+def test_a_law_says_how_time_runs_from_one_node_to_the_next(law, between):
+    # 1 s at 1 and 4 or 5 s at 16; asked at 4: a fifth of the way, half of the doublings, the geometric mean
+    far = {"linear": 8.5, "log": 5.0, "power": 4.0}[law]
+    assert Grid.of([(1, 0, 1.0), (16, 0, far)], (law, "linear")).at(4, 0) == pytest.approx(between)
+
+
+@given(
+    st.lists(st.integers(1, 4096).map(float), min_size=2, max_size=5, unique=True),
+    st.tuples(st.floats(0, 10), st.floats(1e-3, 10), st.floats(1e-3, 10)),
+    st.lists(st.floats(1, 5), min_size=5, max_size=5),
+    st.sampled_from(LAWS),
+    share,
+)
+def test_time_over_roofline_is_at_least_the_smaller_of_the_neighbours(xs, roof, ratios, law, u):
+    # lower bounds of time rest on this: a roofline is the larger of a straight line and another one
+    fixed, slow, fast = roof
+
+    def roof_s(x: float) -> float:
+        return max(fixed + slow * x, fast * x)
+
+    xs = sorted(xs)
+    grid = Grid.of([(x, 0, ratio * roof_s(x)) for x, ratio in zip(xs, ratios, strict=False)], (law, "linear"))
+    x = xs[0] + u * (xs[-1] - xs[0])
+    low, high = max(i for i, n in enumerate(xs) if n <= x), min(i for i, n in enumerate(xs) if n >= x)
+    assert grid.at(x, 0) >= min(ratios[low], ratios[high]) * roof_s(x) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("law", ["log", "power"])
+def test_a_logarithm_needs_an_axis_above_zero(law):
+    with pytest.raises(FormatError, match=f"the law '{law}' needs an axis above zero, found a node at 0"):
+        Grid.of([(0, 0, 1.0), (1, 0, 2.0)], (law, "linear"))

@@ -116,6 +116,13 @@ def test_a_number_without_its_own_source_has_that_of_its_peak():
     assert (peak.source_of("bytes_per_s"), peak.source_of("float32")) == ("published", "datasheet")
 
 
+def test_a_copy_measured_in_one_dtype_answers_for_all():
+    # bytes are bytes: 8 of them took 7 s
+    pinned = Curve("H2D", "pinned", "bfloat16", 0, "measured", (Sample(1, 0.0, 0.0, 8.0, 7.0, 0.0, 5),))
+    cost = replace(PROFILE, curves=(pinned,)).time_s("H2D", work.copy(8, "float32"))
+    assert (cost.seconds, cost.evidence) == (7.0, "measured")
+
+
 # -- contention ---------------------------------------------------------------------------------------
 
 
@@ -144,8 +151,8 @@ def test_a_profile_survives_its_file(tmp_path):
 
 def test_fields_that_came_later_may_be_absent(tmp_path):
     value = document()
-    del value["sources"], value["notes"], value["contention"]
-    del value["peaks"]["CPU"]["sources"]
+    del value["sources"], value["notes"], value["contention"], value["handoff_repeats"]
+    del value["peaks"]["CPU"]["sources"], value["curves"][0]["laws"], value["curves"][0]["samples"][0]["outliers"]
     assert load_profile(written(tmp_path, value)).notes == ()
 
 
@@ -197,6 +204,19 @@ def put(value: Any, path: str, new: Any) -> None:
         ("curves.0.samples.1.median_s", 0, r"hw.json.curves\[0\].samples\[1\]: median_s is 0.0, must be above zero"),
         ("curves.0.samples.1.flops", -1, r"hw.json.curves\[0\].samples\[1\]: flops is -1.0, must not be negative"),
         ("curves.0.samples.1.count", 0, r"hw.json.curves\[0\].samples\[1\]: count is 0, must be at least 1"),
+        ("curves.0.samples.1.outliers", 6, r"samples\[1\]: outliers is 6, must be between 0 and count, 5"),
+        (
+            "curves.0.laws",
+            ["linear", "cubic"],
+            r"curves\[0\].laws\[1\]: found 'cubic', expected one of 'linear', 'log'",
+        ),
+        ("curves.0.laws", ["linear"], r"curves\[0\].laws: expected 2 entries, found 1"),
+        ("handoff_repeats", {"GPU>CPU": {"spread": 0, "count": 1}}, "handoff_repeats names 'GPU>CPU', which handoff_s"),
+        (
+            "contention.0.repeats",
+            {"CPU": {"spread": 0, "count": 1}},
+            r"contention\[0\]: repeats names \['CPU'\], active",
+        ),
         ("curves.0.samples.1.weight_bytes", 10, r"curves\[0\]: curve GPU/ffn/float32: two samples at \(1, 10\)"),
         ("handoff_s", {"CPU->GPU": 0.1}, "hw.json: handoff_s names 'CPU->GPU'; write it as FROM>TO with CPU, GPU"),
         ("handoff_s", {"CPU>GPU": -0.1}, "hw.json: handoff_s.CPU>GPU is -0.1, must not be negative"),

@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from hwmodels.catalog import hardware as find_hardware
 from hwmodels.catalog import names as hardware_names
+from hwmodels.errors import FormatError
 from hwmodels.machine import Finding, findings, read_machine
 from hwmodels.profile import HardwareProfile
 from hwmodels.units import format_bytes
@@ -64,18 +65,27 @@ def _limit(finding: Finding) -> Row:
 def calibrate(flags: Namespace) -> None:
     """Measure this machine and write its profile."""
     check_file(flags.out)
+    profile = _measured(flags)
+    profile.save(flags.out)
+    note(flags, f"wrote {flags.out}: profile {profile.name} ({profile.id}) of the {profile.device} device")
+    for remark in [*profile.notes, *profile_rows.accuracy(profile)]:
+        note(flags, remark)
+    emit(flags, profile_rows.figure_rows(profile), profile_rows.COLUMNS)
+
+
+def _measured(flags: Namespace) -> HardwareProfile:
     from runtime.cache import cached_profile
     from runtime.calibrate import calibrate as measure
 
     progress = not flags.quiet
-    if flags.model is None:
-        profile = measure(None, flags.device, flags.quick, flags.threads, progress, flags.dtype)
-    else:
+    try:
+        if flags.model is None:
+            return measure(None, flags.device, flags.quick, flags.threads, progress, flags.dtype)
         folder = resolve_folder(flags.model)
-        profile = cached_profile(folder, flags.device, flags.quick, flags.threads, progress, True, flags.dtype)
-    profile.save(flags.out)
-    note(flags, f"wrote {flags.out}: profile {profile.name} ({profile.id}) of the {profile.device} device")
-    emit(flags, profile_rows.figure_rows(profile), profile_rows.COLUMNS)
+        return cached_profile(folder, flags.device, flags.quick, flags.threads, progress, True, flags.dtype)
+    except KeyboardInterrupt:
+        note(flags, "interrupted: finished parts are kept for an hour, the same command goes on from there")
+        raise
 
 
 # -- hardware -----------------------------------------------------------------------------------------
@@ -96,7 +106,13 @@ def _heading(profile: HardwareProfile) -> str:
 
 
 def _profile_row(name: str) -> Row:
-    profile = find_hardware(name)
+    try:
+        profile = find_hardware(name)
+    except FormatError as error:  # one damaged file must not hide the others
+        return {column.heading: "" for column in profile_rows.LIST_COLUMNS} | {
+            "name": name,
+            "kind": f"unusable: {error}",
+        }
     return {
         "name": name,
         "kind": _kind(profile),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
-from hwmodels.calibrate import residuals
-from hwmodels.profile import Curve, HardwareProfile, Peak
+from hwmodels.calibrate import GOOD_MEDIAN, GOOD_WORST, residuals
+from hwmodels.profile import Curve, HardwareProfile, Peak, Repeats
 from hwmodels.units import format_number
 from runtime.cli.table import Row, key
 
@@ -21,13 +21,18 @@ def figure_rows(profile: HardwareProfile) -> list[Row]:
         rows += _peaks(resource, peak)
     rows += [_curve(curve) for curve in profile.curves]
     source = profile.sources.get("handoff_s", "measured")
-    rows += [_row("hand-off", pair, s * 1e6, "µs", source) for pair, s in profile.handoff_s.items()]
+    for pair, seconds in profile.handoff_s.items():
+        label = pair + _spread(profile.handoff_repeats.get(pair), 1e6, " µs")
+        rows.append(_row("hand-off", label, seconds * 1e6, "µs", source))
     for entry in profile.contention:
-        together = "+".join(entry.active)
-        rows += [
-            _row("contention", f"{name} in {together}", r, "of alone", entry.source) for name, r in entry.rate.items()
-        ]
+        for name, rate in entry.rate.items():
+            label = f"{name} in {'+'.join(entry.active)}{_spread(entry.repeats.get(name), 1.0, '')}"
+            rows.append(_row("contention", label, rate, "of alone", entry.source))
     return rows
+
+
+def _spread(repeats: Repeats | None, scale: float, unit: str) -> str:
+    return f": {repeats.count} repeats, spread {format_number(repeats.spread * scale)}{unit}" if repeats else ""
 
 
 def _row(part: str, number: str, value: float, unit: str, source: str) -> Row:
@@ -53,9 +58,26 @@ def _curve(curve: Curve) -> Row:
     """The best that a curve's samples reach, and how they scatter."""
     fastest = max((s.weight_bytes + s.io_bytes) / s.median_s for s in curve.samples)
     scatter = statistics.median(s.spread_s / s.median_s for s in curve.samples)
-    label = f"curve of {curve.op}, {curve.dtype}: {len(curve.samples)} points"
+    threads = f", {curve.threads} thread{'s' * (curve.threads > 1)}" if curve.threads else ""
+    label = f"curve of {curve.op}, {curve.dtype}{threads}: {len(curve.samples)} points"
     if curve.source == "measured":
-        label += f", spread {scatter:.0%}"
+        repeats, far = sum(s.count for s in curve.samples), sum(s.outliers for s in curve.samples)
+        label += f", {repeats} repeats, {far} of them far off, spread {scatter:.0%}"
         for residual in residuals([curve]):
             label += f", a point left out is predicted within {residual.median:.0%} (worst {residual.worst:.0%})"
     return _row(curve.resource, label, fastest / 1e9, "GB/s at best", curve.source)
+
+
+def accuracy(profile: HardwareProfile) -> list[str]:
+    """How well the measured curves predict points that are left out, in a sentence; another one for every bad curve."""
+    found = residuals(curve for curve in profile.curves if curve.source == "measured")
+    if not found:
+        return []
+    worst = max(found, key=lambda r: r.worst)
+    heading = (
+        f"Points left out of a curve are predicted within {max(r.median for r in found):.0%} in the median of every "
+        f"curve, {worst.worst:.0%} at worst ({worst.curve})."
+    )
+    advice = "expect such errors between its points, or calibrate again on a quiet machine"
+    bad = [r for r in found if r.median > GOOD_MEDIAN or r.worst > GOOD_WORST]
+    return [heading, *(f"{r.curve}: {r.median:.0%} in the median, {r.worst:.0%} at worst; {advice}." for r in bad)]

@@ -1,0 +1,360 @@
+"""Calibration: numbers from repeats, laws from points left out, parts that survive an interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hwmodels import work
+from hwmodels.calibrate import (
+    FLOOR_S,
+    Part,
+    contention,
+    fastest,
+    handoffs,
+    is_known,
+    merged,
+    remarks,
+    residuals,
+    summarise,
+    with_best_laws,
+)
+from hwmodels.load import LoadMeter
+from hwmodels.profile import Contention, Curve, HardwareProfile, Repeats, Sample, load_profile
+from hwmodels.work import Work
+from runtime import calibrate as calibration
+from runtime import rounds
+from runtime.calibrate import SMOKE, calibrate
+from runtime.rounds import Effort, in_rounds
+from tests.tiny import write_tiny
+
+WORK = work.ffn(1, 4, 8, "float32")
+
+
+def curve(times_s: dict[float, float], op: work.Op = "ffn") -> Curve:
+    """A curve over tokens of one width."""
+    samples = tuple(Sample(int(x), 1.0, 8.0, 0.0, seconds, 0.0, 5) for x, seconds in times_s.items())
+    return Curve("CPU", op, "float32", 1, "measured", samples)
+
+
+def yardstick(gigabytes_per_s: float) -> Part:
+    sample = Sample(1, 0.0, 0.0, 1e9, 1 / gigabytes_per_s, 0.0, 5)
+    return Part((Curve("CPU", "stream_read", "float32", 1, "measured", (sample,)),))
+
+
+# -- repeats ------------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_the_median_with_its_spread_and_keeps_what_lies_far_off():
+    # 1.0 .. 1.9 around 1.4, and one repeat that something held up
+    sample = summarise(WORK, [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 9.0])
+    assert (sample.median_s, sample.count, sample.outliers) == (1.4, 9, 1)
+    assert sample.spread_s == pytest.approx(1.7 - 1.1)
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=40))
+def test_a_sample_lies_among_its_repeats(times_s):
+    sample = summarise(WORK, times_s)
+    assert min(times_s) <= sample.median_s <= max(times_s)
+    assert 0 <= sample.outliers < max(1, len(times_s))
+    assert 0 <= sample.spread_s <= max(times_s) - min(times_s)
+
+
+def test_four_repeats_are_never_enough():
+    assert not is_known([1.0] * 4)
+    assert is_known([1.0] * 5)
+
+
+def test_a_median_is_known_once_many_repeats_stand_behind_it():
+    # half the repeats 10 % longer: 1.58 x 0.1 / sqrt(n) falls below 2 % of 1.05 between 9 and 100 repeats
+    assert not is_known([1.0, 1.1] * 4)
+    assert is_known([1.0, 1.1] * 50)
+
+
+def test_a_microsecond_more_or_less_is_known_at_once():
+    assert is_known([1e-6, 1.2e-6, 1.4e-6, 1.6e-6, 1.8e-6])
+
+
+def test_a_handoff_is_the_median_of_its_delays_and_never_negative():
+    found = handoffs({"CPU>GPU": [1.0, 2.0, 9.0], "GPU>CPU": [-3.0, -2.0, 1.0], "H2D>GPU": []})
+    assert found.handoff_s == {"CPU>GPU": 2.0, "GPU>CPU": 0.0}
+    assert found.handoff_repeats["CPU>GPU"] == Repeats(8.0, 3)
+
+
+def test_a_rate_compares_within_each_round_so_that_drift_cancels():
+    # the machine slows down twofold every round; together the CPU always takes twice its time alone
+    found = contention(
+        {"CPU": [1.0, 2.0, 4.0], "H2D": [1.0, 1.0, 1.0]}, {"H2D": [1.0, 1.0, 0.5], "CPU": [2.0, 4.0, 8.0]}
+    )
+    assert found.active == ("CPU", "H2D")
+    assert found.rate == {"CPU": 0.5, "H2D": 1.0}
+    assert found.repeats["CPU"] == Repeats(0.0, 3)
+
+
+def test_a_peak_is_the_fastest_sample_and_the_yardstick_is_no_task():
+    # 2 FLOP and 2 MB in 1 s, 4 FLOP and 2 MB in 4 s; reading alone reaches 4 MB/s, half of which tasks get at best
+    tasks = tuple(Sample(n, 2.0 * n, 2e6, 0.0, float(n * n), 0.0, 5) for n in (1, 2))
+    stream = Sample(1, 0.0, 0.0, 4e6, 1.0, 0.0, 5)
+    peak = fastest(
+        [
+            Curve("CPU", "ffn", "float32", 1, "measured", tasks),
+            Curve("CPU", "stream_read", "float32", 1, "measured", (stream,)),
+        ],
+        "CPU",
+    )
+    assert (peak.flops_per_s, peak.bytes_per_s, peak.fixed_s) == ({"float32": 2.0}, 4e6, 1.0)
+    assert peak.efficiency == pytest.approx((1.0 + 0.5) / 2)  # 1 of 1 s and 2 of 4 s of the roofline
+
+
+# -- points left out ----------------------------------------------------------------------------------
+
+
+def test_a_straight_line_is_predicted_without_error():
+    (found,) = residuals([curve({n: 1.0 + n for n in (1, 4, 16, 64)})])
+    assert (found.n_points, found.median, found.worst) == (2, 0.0, 0.0)
+
+
+def test_a_kink_is_the_error_of_the_point_that_makes_it():
+    # 2 and 8 predict 4 as 4 s, it takes 5 s
+    (found,) = residuals([curve({2: 2.0, 4: 5.0, 8: 8.0})])
+    assert found.worst == pytest.approx(1 / 5)
+
+
+def test_what_is_shorter_than_a_handoff_is_judged_against_one():
+    # predicted as 2 % of a hand-off, measured as 1 %
+    times_s = {2: 0.01 * FLOOR_S, 4: 0.01 * FLOOR_S, 6: 0.03 * FLOOR_S}
+    (found,) = residuals([curve(times_s)])
+    assert found.worst == pytest.approx(0.01)
+
+
+def test_token_counts_with_nothing_between_them_are_not_left_out():
+    assert residuals([curve({1: 1.0, 2: 9.0, 3: 2.0})]) == []
+
+
+@pytest.mark.parametrize(
+    ("law", "time_s"),
+    [("linear", lambda x: 1 + x), ("log", lambda x: 1 + x.bit_length()), ("power", lambda x: x**0.5)],
+)
+def test_the_law_that_predicts_best_is_found(law, time_s):
+    found = with_best_laws(curve({2**i: float(time_s(2**i)) for i in range(8)}))
+    assert found.laws == (law, "linear")
+    assert residuals([found])[0].worst < 1e-9
+
+
+def test_an_axis_that_begins_at_zero_stays_linear():
+    samples = tuple(Sample(1, 1.0, 0.0, x, 1.0 + x**0.5, 0.0, 5) for x in (0.0, 1.0, 4.0, 16.0))
+    assert with_best_laws(Curve("GPU", "attn", "float32", 0, "measured", samples)).laws == ("linear", "linear")
+
+
+def test_curves_of_one_thing_become_one_and_the_faster_of_two_measurements_counts():
+    first, second = curve({1: 1.0, 2: 5.0}), curve({2: 3.0, 4: 6.0})
+    (found,) = merged([first, second])
+    assert [(s.n_tokens, s.median_s) for s in found.samples] == [(1, 1.0), (2, 3.0), (4, 6.0)]
+    assert len(merged([first, replace(second, threads=2)])) == 2
+
+
+# -- rounds -------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that only the cases move."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(rounds, "time", clock)
+    return clock
+
+
+class Runs:
+    """A case that takes as long as it is told, visit by visit, and counts them."""
+
+    def __init__(self, clock: Clock, *seconds: float) -> None:
+        self.clock, self.seconds, self.visits = clock, seconds, 0
+
+    def __call__(self) -> Iterator[tuple[str, float]]:
+        each_s = self.seconds[self.visits % len(self.seconds)]
+        self.visits += 1
+        self.clock.now_s += each_s
+        yield f"case {id(self)}", each_s
+
+
+def test_the_first_round_warms_up_and_does_not_count(clock):
+    case = Runs(clock, 9.0, 1.0)
+    (times,) = in_rounds([case], Effort(1, 1, 100.0), lambda share: None).values()
+    assert times == [1.0]
+
+
+def test_a_case_that_is_known_is_passed_over(clock):
+    steady, shaky = Runs(clock, 1.0), Runs(clock, 1.0, 2.0)
+    in_rounds([steady, shaky], Effort(2, 20, 1000.0), lambda share: None)
+    assert (steady.visits, shaky.visits) == (1 + 5, 1 + 20)
+
+
+def test_the_least_rounds_are_run_even_when_the_time_is_over(clock):
+    case = Runs(clock, 10.0, 20.0)
+    (times,) = in_rounds([case], Effort(3, 20, 1.0), lambda share: None).values()
+    assert len(times) == 3
+
+
+def test_short_cases_are_visited_several_times_a_round(clock):
+    short, long = Runs(clock, 0.001), Runs(clock, 1.0)
+    in_rounds([short, long], Effort(1, 1, 100.0), lambda share: None)
+    assert (short.visits, long.visits) == (1 + 4, 1 + 1)
+
+
+def test_progress_only_grows_and_ends_at_one(clock):
+    shares: list[float] = []
+    in_rounds([Runs(clock, 1.0, 2.0)], Effort(1, 10, 5.0), shares.append)
+    assert all(a <= b for a, b in pairwise(shares))
+    assert shares[-1] == 1.0
+
+
+# -- a calibration ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "scheinfer"
+
+
+def load_of(monkeypatch: pytest.MonkeyPatch, share: float | None) -> None:
+    monkeypatch.setattr(LoadMeter, "others", lambda self: share)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_calibration_measures_all_that_a_plan_may_ask(family, tmp_path, cache, monkeypatch):
+    load_of(monkeypatch, 0.0)
+    folder = write_tiny(tmp_path / family, family)
+    profile = calibrate(folder, "emulated", progress=False, extent=replace(SMOKE, variants=True))
+    assert profile.device == "emulated"
+    have = {(c.resource, c.op) for c in profile.curves}
+    both = {(place, op) for place in ("CPU", "GPU") for op in ("ffn", "attn", "embed", "head", "sample", "stream_read")}
+    copies = {(link, op) for link in ("H2D", "D2H") for op in ("pinned", "pageable")}
+    assert have >= both | copies | {("GPU", "join")}
+    assert {entry.active for entry in profile.contention} == set(calibration._SETS)
+    assert {"CPU>H2D", "D2H>CPU", "GPU>D2H", "H2D>GPU"} <= set(profile.handoff_s) == set(profile.handoff_repeats)
+    assert {c.dtype for c in profile.curves if c.op == "ffn"} == {"float32", "bfloat16"}
+    assert all(s.count >= 1 and s.median_s > 0 for c in profile.curves for s in c.samples)
+    assert 0 < profile.vram_bytes < profile.host_bytes
+    assert {"cpu", "isa", "torch", "kernels", "others_load"} <= set(profile.fingerprint)
+    profile.save(tmp_path / "hw.json")
+    assert load_profile(tmp_path / "hw.json") == profile
+    assert not (cache / "parts").exists() or not list((cache / "parts").iterdir())
+
+
+def test_a_curve_of_other_threads_answers_for_no_plan():
+    one, four = curve({1: 4.0}), replace(curve({1: 1.0}), threads=4)
+    for curves in ((one, four), (four, one)):
+        profile = HardwareProfile("unit", "none", "", {}, 0, 1, 1, {"CPU": fastest(curves, "CPU")}, curves)
+        assert profile.time_s("CPU", Work("ffn", "float32", 1, 1.0, 8.0)).seconds == 4.0
+        assert profile.with_(cpu_threads=4).time_s("CPU", Work("ffn", "float32", 1, 1.0, 8.0)).seconds == 1.0
+
+
+class Fake:
+    """Parts that take no time; one of them may fail on its first call."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.ran = fails, []
+
+    def part(self, name: str) -> calibration._Measure:
+        def measure(job: object, effort: Effort, tick: rounds.Tick) -> Part:
+            self.ran.append(name)
+            if name == self.fails:
+                self.fails = ""
+                raise KeyboardInterrupt
+            tick(0.5)
+            if name == "together":
+                return Part(contention=(Contention(("CPU", "H2D"), {"CPU": 0.5, "H2D": 1.0}, "measured"),))
+            if name == "overlap":
+                return handoffs({"CPU>H2D": [1.0]})
+            return Part((curve({1: 1.0, 2: 2.0}),)) if name.startswith("rest") else Part()
+
+        return measure
+
+
+def faked(monkeypatch: pytest.MonkeyPatch, fails: str = "") -> Fake:
+    fake = Fake(fails)
+    parts = {name: (share, fake.part(name)) for name, (share, _) in calibration._PARTS.items()}
+    monkeypatch.setattr(calibration, "_PARTS", parts)
+    monkeypatch.setattr(calibration, "_GLANCE_S", 0.0)
+    return fake
+
+
+def test_an_interrupted_calibration_goes_on_where_it_was(cache, monkeypatch, capsys):
+    load_of(monkeypatch, 0.0)
+    fake = faked(monkeypatch, fails="mlp")
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(None, "emulated", quick=True)
+    before = list(fake.ran)
+    profile = calibrate(None, "emulated", quick=True)
+    names = [name for name in calibration._PARTS if name != "variants"]
+    assert before == names[: names.index("mlp") + 1]
+    assert fake.ran[len(before) :] == names[names.index("mlp") :]
+    assert "going on: 4 of 8 parts were measured within the last hour" in capsys.readouterr().err
+    assert (profile.handoff_s, profile.contention[0].rate["CPU"]) == ({"CPU>H2D": 1.0}, 0.5)
+
+
+def test_a_finished_calibration_leaves_nothing_to_go_on_from(cache, monkeypatch):
+    load_of(monkeypatch, 0.0)
+    fake = faked(monkeypatch)
+    calibrate(None, "emulated", quick=True, progress=False)
+    calibrate(None, "emulated", quick=True, progress=False)
+    assert len(fake.ran) == 2 * 8
+
+
+def test_another_extent_does_not_go_on_from_this_one(cache, monkeypatch):
+    load_of(monkeypatch, 0.0)
+    fake = faked(monkeypatch, fails="mlp")
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(None, "emulated", quick=True, progress=False)
+    fake.ran.clear()
+    calibrate(None, "emulated", quick=False, progress=False)
+    assert fake.ran == list(calibration._PARTS)
+
+
+def test_a_busy_machine_is_told_before_and_marked_after(cache, monkeypatch, capsys):
+    load_of(monkeypatch, 0.4)
+    faked(monkeypatch)
+    profile = calibrate(None, "emulated", quick=True)
+    assert "other programs keep 40% of all cores busy" in capsys.readouterr().err
+    assert profile.fingerprint["others_load"] == "up to 40%"
+    assert profile.notes[0].startswith(
+        "Other programs kept up to 40% of all cores busy while yardstick, rest on the GPU"
+    )
+
+
+def test_a_quiet_machine_is_not_marked(cache, monkeypatch, capsys):
+    load_of(monkeypatch, 0.01)
+    faked(monkeypatch)
+    assert calibrate(None, "emulated", quick=True).notes == ()
+    assert "other programs" not in capsys.readouterr().err
+
+
+def test_only_the_parts_that_others_disturbed_are_named():
+    (found,) = remarks({"mlp": Part(others_load=0.5), "copies": Part(others_load=0.05), "rest": Part(others_load=None)})
+    assert found.startswith("Other programs kept up to 50% of all cores busy while mlp was measured")
+
+
+def test_a_yardstick_that_moved_is_a_remark():
+    (found,) = remarks({"before": yardstick(30.0), "after": yardstick(20.0)})
+    assert (
+        found
+        == "The yardstick stream_read on the CPU ran at 30.0 and 20.0 GB/s, before and after: the machine's speed changed."
+    )
+    assert remarks({"before": yardstick(30.0), "after": yardstick(28.0)}) == ()
