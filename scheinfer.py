@@ -160,11 +160,12 @@ def load(
     file, or "auto": then this machine's profile is measured quickly or taken from the cache, and a plan
     is made for vram_budget, n_prompt and n_gen, which matter to "auto" alone.
     """
-    from runtime.resolve import resolve_folder
+    from runtime.resolve import check_checkpoint, resolve_folder
     from runtime.session import load_planned
     from runtime.tokens import load_tokenizer
 
     folder = resolve_folder(path)
+    check_checkpoint(folder)
     tokenizer = load_tokenizer(folder)
     chosen = _plan_for(folder, plan, dtype, device, vram_budget, (n_prompt, n_gen), cpu_threads, progress)
     return load_planned(folder, chosen, dtype, device, cpu_threads, progress=progress), tokenizer

@@ -39,6 +39,15 @@ def resolve_folder(text: str | Path) -> Path:
     return folder
 
 
+def check_checkpoint(folder: Path) -> None:
+    """Raise ModelError or CheckpointError if a folder cannot be run: its family, its files, their headers."""
+    from runtime.adapter import Adapter
+    from runtime.checkpoint import Checkpoint, read_config
+
+    Adapter.of(read_config(folder), folder.name)
+    Checkpoint.open(folder).close()
+
+
 def _not_found(name: str) -> str:
     tried = f"no model {name!r}: there is no such file or folder"
     if _HUB_ID.fullmatch(name):

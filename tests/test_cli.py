@@ -434,6 +434,17 @@ def test_a_truncated_shard_is_named_with_its_sizes(refuse: Run, world: World, tm
     assert "model.safetensors: truncated" in line
 
 
+def test_a_family_that_cannot_run_is_refused_before_anything_is_measured(
+    refuse: Run, world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "m").mkdir()
+    for file in world.model.iterdir():
+        (tmp_path / "m" / file.name).write_bytes(file.read_bytes())
+    edited(world.model / "config.json", tmp_path / "m" / "config.json", quantization_config={"quant_method": "awq"})
+    for words in (GENERATE, ("bench", "-m", "{model}", "-q"), ("validate", "-m", "{model}", "--out", "{out}", "-q")):
+        assert "quantised (awq)" in refuse(*words, "-m", str(tmp_path / "m"))
+
+
 def edited(source: Path, target: Path, **changes: object) -> str:
     target.write_text(json.dumps({**json.loads(source.read_text()), **changes}))
     return str(target)

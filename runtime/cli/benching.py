@@ -19,7 +19,7 @@ from runtime.cli.files import check_folder
 from runtime.cli.result_columns import MEASURED_COLUMNS
 from runtime.cli.running import Source, open_source
 from runtime.demo_models import write_demo_models
-from runtime.resolve import resolve_folder, resolve_model
+from runtime.resolve import check_checkpoint, resolve_folder, resolve_model
 from runtime.validate import DEFAULT_POLICIES, Job
 from runtime.validate import validate as run_validation
 from sim import planner
@@ -116,6 +116,7 @@ def validate(flags: Namespace) -> None:
     )
     folders = _demo_folders(flags) if flags.demo else [resolve_folder(name) for name in flags.model]
     for folder in folders:
+        check_checkpoint(folder)
         check_context(resolve_model(folder), Workload(flags.n_prompt, flags.n_gen))
     command = shlex.join(["scheinfer", *sys.argv[1:]])
     rows = run_validation(folders, flags.out, job, command, sys.stderr)

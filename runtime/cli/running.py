@@ -17,7 +17,7 @@ from hwmodels.units import format_bytes, format_number, format_seconds
 from runtime.autoplan import Request, choose_plan
 from runtime.cli.console import emit, note
 from runtime.cli.files import check_file, write_whole
-from runtime.resolve import resolve_folder, resolve_model
+from runtime.resolve import check_checkpoint, resolve_folder, resolve_model
 from runtime.session import PlannedModel, load_planned
 from runtime.tokens import IdStreamer, decode, load_tokenizer, prompt_ids
 from sim.model import ModelSpec
@@ -40,6 +40,7 @@ class Source:
 def open_source(flags: Namespace) -> Source:
     """Folder, sizes and tokenizer of --model; reads no weights."""
     folder = resolve_folder(flags.model)
+    check_checkpoint(folder)
     return Source(folder, resolve_model(folder, flags.dtype), load_tokenizer(folder))
 
 
