@@ -6,7 +6,7 @@ They hold no parameters: weights belong to the executor's store.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,8 @@ def attach(model: PreTrainedModel, executor: Executor) -> None:
     for module in model.modules():
         if isinstance(module, (PartitionedMlp, PartitionedExperts)):
             module.executor = executor
-    model.register_forward_pre_hook(_begin_step(executor), with_kwargs=True)
+    names = tuple(inspect.signature(model.forward).parameters)
+    model.register_forward_pre_hook(_begin_step(executor, names), with_kwargs=True)
     model.register_forward_hook(lambda *_: executor.end_step())
     for i, layer in enumerate(decoder_layers(model)):
         layer.register_forward_pre_hook(_enter_layer(executor, i), with_kwargs=True)
@@ -70,9 +71,10 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-def _begin_step(executor: Executor) -> Callable[[nn.Module, Args, Kwargs], None]:
+def _begin_step(executor: Executor, names: Sequence[str]) -> Callable[[nn.Module, Args, Kwargs], None]:
     def hook(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        del module
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         rows = ids if ids is not None else embeds
         if rows is None:

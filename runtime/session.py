@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from hwmodels.errors import PlanError
+from hwmodels.errors import ExecutionError, PlanError
 from hwmodels.schema import to_json
 from hwmodels.units import format_bytes
 from runtime.adapter import Adapter, FfnKind
@@ -48,9 +48,18 @@ class PlannedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         return self.executor.plan
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One forward pass. No gradients: weights are cut, and parts of a layer run in other threads."""
-        with self.executor.device.driving(), torch.no_grad():
-            return super().__call__(*args, **kwargs)
+        """One forward pass. No gradients: weights are cut, and parts of a layer run in other threads.
+
+        Raises ExecutionError if a task fails or device memory runs out; the model stays usable.
+        """
+        try:
+            with self.executor.device.driving(), torch.no_grad():
+                return super().__call__(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise ExecutionError(
+                f"device memory ran out: the plan allows {format_bytes(self.plan.vram_budget_bytes)}; "
+                f"raise --vram-budget, or plan for a smaller --ctx-size or --batch ({error})"
+            ) from error
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' generate; records the run into last_timeline and last_routing.

@@ -96,7 +96,7 @@ def test_some_plans_agree(family: str, tiny_checkpoint: TinyCheckpoint) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hundreds_of_plans_agree(family: str, tiny_checkpoint: TinyCheckpoint) -> None:
-    any_plan(tiny_checkpoint(family), 50)()
+    any_plan(tiny_checkpoint(family), 40)()
 
 
 def test_a_tied_embedding_and_a_sharded_checkpoint_agree(tiny_checkpoint: TinyCheckpoint) -> None:
@@ -196,7 +196,10 @@ def test_every_policy_generates_what_hugging_face_generates(
     text, expected = scores(model, n_gen)
     del model
     assert len(set(text)) > 8
-    for policy, plan in policy_plans(spec_of(folder), n_gen).items():
+    plans_by_decision = {
+        (p.ends, p.layers, p.tiers): (name, p) for name, p in policy_plans(spec_of(folder), n_gen).items()
+    }
+    for policy, plan in plans_by_decision.values():
         with loaded(folder, plan) as planned:
             found, ours = scores(planned, n_gen)
         assert found == text, policy

@@ -226,6 +226,21 @@ def test_a_closed_model_says_so(mixtral: Path, plan: Plan) -> None:
     assert model.last_timeline is not None
 
 
+def test_device_memory_that_runs_out_says_what_to_do(
+    mixtral: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **how: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+
+    with loaded(mixtral, plan) as model:
+        expected = greedy(model, tokens(4), 2)
+        with monkeypatch.context() as patched:
+            patched.setattr(model.get_submodule("model.layers.1.self_attn"), "forward", refuse)
+            with pytest.raises(ExecutionError, match=r"the plan allows 1.00 GiB; raise --vram-budget.*allocate 1 GiB"):
+                greedy(model, tokens(4), 2)
+        assert greedy(model, tokens(4), 2) == expected
+
+
 def test_closing_ends_a_generation_in_another_thread(mixtral: Path) -> None:
     first_step, caught, before = threading.Event(), list[str](), our_threads()
 

@@ -299,6 +299,7 @@ class CudaDevice:
             runtime.cudaHostUnregister(address)
         self._registered.clear()
         self._staging.clear()
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
         _budgets[self.torch_device.index].remove(self._vram_bytes)
         self._cap()
