@@ -6,7 +6,7 @@ replaces it. The figures are in figures/*.json; a number there is ``[value, sour
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -148,9 +148,19 @@ def assemble(recipe: Recipe, name: str, dram_bytes_per_s: float | None = None) -
     link = min(sides, key=lambda side: side.pinned_GBps[0])
     if dram_bytes_per_s is not None and dram_bytes_per_s <= 0:
         raise ProfileError(f"dram_bytes_per_s is {dram_bytes_per_s}, must be above zero")
-    dram: Number = (dram_bytes_per_s / 1e9, "estimated") if dram_bytes_per_s else host.memory_GBps
+    if dram_bytes_per_s:
+        host = replace(host, memory_GBps=(dram_bytes_per_s / 1e9, "estimated"))
+    made = put_together(gpu, host, link, name)
+    if recipe.cpu_h2d_rates:
+        rates = dict(zip(("CPU", "H2D"), recipe.cpu_h2d_rates, strict=True))
+        made = replace(made, contention=(Contention(("CPU", "H2D"), rates, recipe.rates_source),))
+    return replace(made, notes=tuple(note for note in (recipe.note, *made.notes) if note))
+
+
+def put_together(gpu: Gpu, host: Host, link: Link, name: str) -> HardwareProfile:
+    """Profile of parts as their figures describe them."""
     link_peak = _link_peak(link)
-    rates = recipe.cpu_h2d_rates or _shared_rates(dram[0], host.gemv_share[0], link.pinned_GBps[0])
+    rate = _shared_rate(host.memory_GBps[0], host.gemv_share[0], link.pinned_GBps[0])
     return HardwareProfile(
         name=name,
         device="cuda",
@@ -159,17 +169,17 @@ def assemble(recipe: Recipe, name: str, dram_bytes_per_s: float | None = None) -
         vram_bytes=int(gpu.vram_GiB[0] * _GIB) - _CONTEXT_BYTES,
         host_bytes=int(host.ram_GiB[0] * _GIB) - _SYSTEM_BYTES,
         cpu_threads=max(1, host.cores - 1),  # one core drives the device
-        peaks={"CPU": _cpu_peak(host, dram), "GPU": _gpu_peak(gpu), "H2D": link_peak, "D2H": link_peak},
+        peaks={"CPU": _cpu_peak(host), "GPU": _gpu_peak(gpu), "H2D": link_peak, "D2H": link_peak},
         curves=_pageable_curves(link),
         handoff_s=dict(_HANDOFF_S),
-        contention=(Contention(("CPU", "H2D"), dict(zip(("CPU", "H2D"), rates, strict=True)), recipe.rates_source),),
+        contention=(Contention(("CPU", "H2D"), {"CPU": rate, "H2D": rate}, "estimated"),),
         sources={
             "vram_bytes": gpu.vram_GiB[1],
             "host_bytes": host.ram_GiB[1],
             "cpu_threads": "estimated",
             "handoff_s": "estimated",
         },
-        notes=tuple(note for note in (recipe.note, gpu.note, host.note, link.note) if note),
+        notes=tuple(note for note in (gpu.note, host.note, link.note) if note),
     )
 
 
@@ -180,9 +190,9 @@ def _gpu_peak(gpu: Gpu) -> Peak:
     return Peak(flops_per_s, gpu.memory_GBps[0] * 1e9, _GPU_EFFICIENCY, _FIXED_S["GPU"], "estimated", sources)
 
 
-def _cpu_peak(host: Host, dram: Number) -> Peak:
+def _cpu_peak(host: Host) -> Peak:
     """Rates that, times the one efficiency, give the GEMV bandwidth and a tuned library's GEMM."""
-    share, source = host.gemv_share
+    dram, (share, source) = host.memory_GBps, host.gemv_share
     nominal = host.cores * host.clock_GHz[0] * 1e9 * host.float32_flop_per_cycle[0]
     float32 = nominal * _GEMM_SHARE / share
     half = float32 * host.bfloat16_speedup[0]
@@ -207,7 +217,6 @@ def _pageable_curves(link: Link) -> tuple[Curve, ...]:
     return tuple(Curve(side, op, dtype, 0, source, samples) for side in directions for dtype in DTYPE_BYTES)
 
 
-def _shared_rates(dram_GBps: float, gemv_share: float, link_GBps: float) -> tuple[float, float]:
-    """Rates of CPU and link side by side where nobody measured them: together a share of STREAM, both losing alike."""
-    rate = min(1.0, _DRAM_SHARE * dram_GBps / (dram_GBps * gemv_share + link_GBps))
-    return rate, rate
+def _shared_rate(dram_GBps: float, gemv_share: float, link_GBps: float) -> float:
+    """Rate of CPU and link side by side where nobody measured it: together a share of STREAM, both losing alike."""
+    return min(1.0, _DRAM_SHARE * dram_GBps / (dram_GBps * gemv_share + link_GBps))

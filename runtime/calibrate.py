@@ -48,7 +48,8 @@ _STAND_IN_BYTES = 256 << 20  # weights of the model that stands for the real one
 _SLACK_BYTES = 64 << 20  # blocks of the device's allocator are rounded up
 _PINNED_BYTES = tuple(SMALL_COPY_BYTES << i for i in (0, 1, 2, 4, 6, 8))
 _PAGEABLE_BYTES = tuple(1 << i for i in (14, 16, 18, 20, 22, 24))
-_SETS: tuple[tuple[Resource, ...], ...] = (("CPU", "GPU"), ("CPU", "H2D"), ("GPU", "H2D"), ("CPU", "GPU", "H2D"))
+SETS: tuple[tuple[Resource, ...], ...] = (("CPU", "GPU"), ("CPU", "H2D"), ("GPU", "H2D"), ("CPU", "GPU", "H2D"))
+"""Resources that are measured working together."""
 _GLANCE_S = 0.3
 _VARIANT_TOKENS = (1, 4, 16, 64, 256)
 
@@ -241,7 +242,7 @@ def _copies(job: _Job, effort: Effort, tick: Tick) -> Part:
 
 def _together(job: _Job, effort: Effort, tick: Tick) -> Part:
     with job.bench(effort, tick) as bench:
-        return Part(contention=tuple(bench.contention(_SETS, n_tokens=1, slice_s=job.extent.slice_s)))
+        return Part(contention=tuple(bench.contention(SETS, n_tokens=1, slice_s=job.extent.slice_s)))
 
 
 def _variants(job: _Job, effort: Effort, tick: Tick) -> Part:
