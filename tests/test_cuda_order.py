@@ -31,16 +31,20 @@ PLANS: dict[str, Callable[[ModelSpec], Plan]] = {
 }
 
 
-def run(folder: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Races:
-    """Generate by a plan on the CUDA device over a driver of clocks; tokens must be Hugging Face's."""
+def run(folder: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch, planted: bool = False) -> Races:
+    """Generate by a plan on the CUDA device over a driver of clocks; tokens must be Hugging Face's.
+
+    planted: a wait was left out on purpose, so that tokens and order may come out wrong.
+    """
     expected = greedy(eager(folder), tokens(5), 3)
     races = install(monkeypatch)
     monkeypatch.setattr(session, "open_device", lambda name, vram, threads: CudaDevice(0, vram, threads))
     with loaded(folder, plan, device="cuda:0") as model, Watch(races):
         greedy(model, tokens(2), 1)
-        assert greedy(model, tokens(5), 3) == expected
+        assert greedy(model, tokens(5), 3) == expected or planted
         timeline, routing = recording(model)
-    check_timeline(spec_of(folder), plan, timeline, routing, Workload(5, 3), clock_s=1.0)
+    if not planted:
+        check_timeline(spec_of(folder), plan, timeline, routing, Workload(5, 3), clock_s=1.0)
     assert races.n_accesses > 1000
     return races
 
@@ -83,7 +87,7 @@ def test_a_wait_that_is_left_out_is_found(
 ) -> None:
     folder, (owner, attribute) = tiny_checkpoint("llama"), PLANTED[name]
     monkeypatch.setattr(owner, attribute, no_wait)
-    found = run(folder, three_ways(spec_of(folder)), monkeypatch).found
+    found = run(folder, three_ways(spec_of(folder)), monkeypatch, planted=True).found
     assert any("does not follow" in line for line in found)
 
 
@@ -100,4 +104,5 @@ def test_a_buffer_that_is_handed_on_too_early_is_found(
             follow(self, stream, name)  # type: ignore[arg-type]
 
     monkeypatch.setattr(CudaDevice, "_follow", forget_readers)
-    assert any(line.startswith("aten.copy_.default on copy 1") for line in run(folder, plan, monkeypatch).found)
+    found = run(folder, plan, monkeypatch, planted=True).found
+    assert any(line.startswith("aten.copy_.default on copy 1") for line in found)

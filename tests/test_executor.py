@@ -347,9 +347,11 @@ def test_an_interrupt_at_any_moment_leaves_a_working_model(tiny_checkpoint: Tiny
         begun = time.perf_counter()
         greedy(model, ids, 30)
         usual_s, n_interrupted = time.perf_counter() - begun, 0
-        for _ in range(6):
+        for attempt in range(60):  # on a busy machine a run may end before its interrupt
             n_interrupted += interrupted_after(usual_s * draw.random() / 2, lambda: greedy(model, ids, 30))
             at_rest(model, threads)
+            if attempt >= 5 and n_interrupted > 0:
+                break
         assert n_interrupted > 0
         assert greedy(model, ids, 30) == expected
 
