@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
-	$(VENV)/bin/scheinfer validate --demo --out demo
+	$(VENV)/bin/scheinfer validate --demo --quick --out demo
 
 test: lint types
 	$(PY) -m pytest $(PYTEST_ARGS)
