@@ -13,7 +13,7 @@ One layer, overlapping, in issue order (every resource works in this order):
     gg              GPU   resident columns
     cg (send cg)*   GPU   sent columns, each followed by the send that reuses its slot
     act_h2d         H2D   the CPU's partial result
-    send (ahead)    H2D   the next layer's columns that need no router
+    send (ahead)    H2D   columns of the next layer on the device that need no router
     join            GPU   sum of partial results
 
 A serial tier issues device parts, sent parts and the CPU's part one after the other, each waiting for
@@ -93,9 +93,9 @@ class StepCompiler:
     # -- parts of a step ------------------------------------------------------------------------------
 
     def begin(self) -> list[Task]:
-        """Embedding, and the first layer's columns that are sent ahead."""
+        """Embedding, and the first columns that are sent ahead."""
         embed = self._end_task("embed", self.spec.small_work("embed", self.step.n_tokens))
-        return [embed, *self._send_ahead(0)]
+        return [embed, *self._send_ahead(-1)]
 
     def layer(self, layer: int, routing: Routing) -> list[Task]:
         """Tasks of one layer for the tokens that its router sent to each expert."""
@@ -164,7 +164,7 @@ class StepCompiler:
         if split.cc:
             tasks.append(self._copy("act_h2d", "H2D", layer, self._activation_bytes(), (cc.id,)))
             partial.append(tasks[-1].id)
-        tasks += self._send_ahead(layer + 1)
+        tasks += self._send_ahead(layer)
         tasks.append(self._task("join", layer, "GPU", self._join_work(len(partial)), tuple(partial)))
         return tasks
 
@@ -198,13 +198,13 @@ class StepCompiler:
         parts = tuple(Part(e, 0, columns, n) for e, n in enumerate(routing) if n)
         cc = self._ffn("cc", layer, "CPU", parts, (self._prev,))
         self._prev = cc.id
-        ahead = self._send_ahead(layer + 1) if self.tier.overlap else []
-        return [cc, *ahead]
+        return [cc]
 
-    def _send_ahead(self, layer: int) -> list[Task]:
-        if not self.tier.overlap or layer >= self.spec.n_layers or not self.tier.ahead[layer]:
-            return []
-        if self.plan.layers[layer].rest == "CPU":
+    def _send_ahead(self, after: int) -> list[Task]:
+        """Columns of the next layer on the device: layers on the CPU before it give the link more time, not less."""
+        later = (i for i in range(after + 1, self.spec.n_layers) if self.plan.layers[i].rest == "GPU")
+        layer = next(later, None)
+        if not self.tier.overlap or layer is None or not self.tier.ahead[layer]:
             return []
         columns = self.spec.layers[layer].ffn.columns
         gg = self.plan.layers[layer].gg
