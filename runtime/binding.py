@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from runtime.devices.base import Body, Device
-from runtime.memory import LayerStore, Slots
+from runtime.memory import LayerStore, Slots, cached_run
 from runtime.ops import Activation, Piece, gated_mlp, routed_mlp
 from runtime.routing import Routed
 from sim.graph import Part, Task
@@ -31,7 +31,9 @@ class LayerBinding:
         act: Activation,
         x_SD: Tensor,
         routed: Routed | None,
+        cache: Sequence[Tensor] = (),
     ) -> None:
+        self._cache = cache
         self._store, self._slots, self._device, self._pinned, self._act = store, slots, device, pinned, act
         self._x, self._routed = x_SD, routed
         self._host_x = x_SD
@@ -44,6 +46,8 @@ class LayerBinding:
         """The body of a task; `ahead` holds the weights that an ahead send of the next layer moves."""
         if task.kind in ("gg", "cg", "act_h2d"):
             self._joined.append(task.id)
+        if task.kind in ("send", "evict") and task.parts[0].cached >= 0:
+            return self._move_expert(task)
         if task.kind == "send":
             return self._send(task, ahead or self._store)
         if task.kind == "act_d2h":
@@ -53,6 +57,8 @@ class LayerBinding:
         if task.kind == "cc":
             return lambda: self._compute_on_host(task.parts)
         if task.kind == "gg":
+            return lambda: self._compute(task, self._resident)
+        if task.kind == "cg" and task.parts[0].cached >= 0:
             return lambda: self._compute(task, self._resident)
         if task.kind == "cg":
             runs = {p.expert: self._slots.run(task.slot, p.expert) for p in task.parts}
@@ -67,6 +73,14 @@ class LayerBinding:
         pairs = send_pairs(store, self._slots, task, width)
 
         return lambda: self._device.copy(pairs, self._pinned)
+
+    def _move_expert(self, task: Task) -> Body:
+        """An expert's host part into its slot of the cache, or back."""
+        (part,) = task.parts
+        there = cached_run(self._cache, part, self._x.shape[-1])
+        here = self._store.experts[part.expert].host_run(part.start, part.stop)
+        pair = (there, here) if task.kind == "send" else (here, there)
+        return lambda: self._device.copy([pair], self._pinned)
 
     def _to_host(self) -> None:
         self._host_x = self._device.staging(self._x, "act_d2h", on_host=True)
@@ -100,7 +114,10 @@ class LayerBinding:
         return expert.views(expert.host_run(part.start, part.stop), part.start, part.stop)
 
     def _resident(self, part: Part) -> list[Piece]:
-        return self._store.experts[part.expert].resident()
+        expert = self._store.experts[part.expert]
+        if part.cached < 0:
+            return expert.resident()
+        return expert.views(cached_run(self._cache, part, expert.d_model), part.start, part.stop)
 
     def _sent(self, part: Part, runs: dict[int, Tensor]) -> list[Piece]:
         return self._store.experts[part.expert].views(runs[part.expert], part.start, part.stop)

@@ -21,6 +21,7 @@ from runtime.devices.base import Body, CopyPair, Device, Mark
 from runtime.memory import WeightStore
 from runtime.ops import Activation
 from runtime.routing import Routed
+from sim.caching import CacheState, Key
 from sim.compile import StepCompiler
 from sim.graph import Task
 from sim.model import ModelSpec
@@ -42,8 +43,12 @@ class _StepState:
 
 @dataclass
 class _Recording:
-    """Everything recorded since a run began; sample is open since a time on the host clock."""
+    """Everything recorded since a run began; sample is open since a time on the host clock.
 
+    cached is what the expert cache held then.
+    """
+
+    cached: tuple[Key, ...] | None = None
     spans: list[Span] = field(default_factory=list)
     routing: dict[tuple[str, int], Routing] = field(default_factory=dict)
     n_steps: int = 0
@@ -55,7 +60,8 @@ class Executor:
 
     def __init__(self, spec: ModelSpec, plan: Plan, device: Device, store: WeightStore, act: Activation) -> None:
         self.spec, self.plan, self.device, self.store, self.act = spec, plan, device, store, act
-        self._recording = _Recording()
+        self.cache = CacheState.of(spec, plan) if plan.cache is not None else None
+        self._recording = self._fresh()
         self._step: _StepState | None = None
         self._in_run, self._closed = False, False
 
@@ -65,7 +71,7 @@ class Executor:
         """Forget what was recorded; the next step is the prefill. ExecutionError if closed."""
         self._check_open()
         self._abandon_step()
-        self._recording, self._in_run = _Recording(), True
+        self._recording, self._in_run = self._fresh(), True
 
     def end_run(self, info: dict[str, object]) -> tuple[Timeline, RoutingTrace]:
         """Timeline and routing of everything since the run began."""
@@ -74,9 +80,12 @@ class Executor:
             self._close_sample(self.device.mark(self.plan.ends))
         spans = sorted(self._recording.spans, key=lambda s: (s.start_s, s.end_s))
         origin_s = spans[0].start_s if spans else 0.0
-        return Timeline("measured", tuple(_shifted(s, origin_s) for s in spans), info), RoutingTrace(
-            dict(self._recording.routing)
-        )
+        trace = RoutingTrace(dict(self._recording.routing), self._recording.cached)
+        return Timeline("measured", tuple(_shifted(s, origin_s) for s in spans), info), trace
+
+    def cache_info(self) -> dict[str, object]:
+        """Share of uses of experts that found them in the expert cache, since the run began."""
+        return {"cache_hit_rate": self.cache.hit_rate} if self.cache is not None else {}
 
     def stop(self) -> None:
         """Let no further step begin: a run in another thread ends with an ExecutionError."""
@@ -102,14 +111,14 @@ class Executor:
         self._check_room(kv_tokens, batch)
         self._abandon_step()
         if not self._in_run and n_tokens == kv_tokens * batch:
-            self._recording = _Recording()
+            self._recording = self._fresh()
         self.device.set_clock()
         now = self.device.mark(self.plan.ends)
         record = self._recording
         self._close_sample(now)
         name = "prefill" if record.n_steps == 0 else f"decode{record.n_steps}"
         record.n_steps += 1
-        compiler = StepCompiler(self.spec, self.plan, Step(name, n_tokens, kv_tokens, batch))
+        compiler = StepCompiler(self.spec, self.plan, Step(name, n_tokens, kv_tokens, batch), self.cache)
         embed, *ahead = compiler.begin()
         self._step = _StepState(compiler, open_task=embed, since=now)
         self._send_ahead(ahead)
@@ -132,7 +141,8 @@ class Executor:
         self._recording.routing[compiler.step.name, layer] = counts
         tasks = compiler.mlp(layer, counts)
         slots = self.store.slots[compiler.tier]
-        binding = LayerBinding(self.store.layers[layer], slots, self.device, self.plan.pinned, self.act, x_SD, routed)
+        store, pinned = self.store.layers[layer], self.plan.pinned
+        binding = LayerBinding(store, slots, self.device, pinned, self.act, x_SD, routed, self.store.cache)
         bodies = {t.id: binding.bind(t, self.store.layers[t.layer]) for t in tasks}
         self._close()  # deciding and binding is the caller's work and counts as part of attn
         self.device.run(tasks, bodies, inline_cpu=self.plan.layers[layer].rest == "CPU")
@@ -161,6 +171,12 @@ class Executor:
 
     # -- inside ---------------------------------------------------------------------------------------
 
+    def _fresh(self) -> _Recording:
+        if self.cache is None:
+            return _Recording()
+        self.cache.n_hits = self.cache.n_uses = 0
+        return _Recording(self.cache.contents)
+
     def _check_open(self) -> None:
         if self._closed:
             raise ExecutionError(f"{self.spec.name} is closed and its weights are gone; load it again")
@@ -182,6 +198,8 @@ class Executor:
         if self._step is not None:
             self.device.forget()
             self._step = None
+            if self.cache is not None:  # some of its sends did not run
+                self.cache.clear()
 
     def _close(self) -> None:
         step = self._current()

@@ -198,8 +198,7 @@ def _evidence(folder: Path, spec: ModelSpec, profile: HardwareProfile, logs: Seq
             runs += [(plan_id, visit, n_of_visit[visit], step, wall_s) for step, wall_s in walls]
             n_of_visit[visit] += 1
         spans += [(plan_id, s.task, s.start_s, s.end_s) for s in shown.timeline.spans]
-        for (step, layer), counts in shown.routing.counts.items():
-            routing += [(plan_id, step, layer, expert, n) for expert, n in enumerate(counts)]
+        routing += [(plan_id, *row) for row in shown.routing.rows()]
     return Evidence(
         config=read_config(folder),
         spec=spec,

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from runtime.devices.base import Device
 from runtime.ops import Piece, piece_views
+from sim.caching import CacheState
 from sim.graph import Part
-from sim.memory import host_columns, slot_bytes
+from sim.memory import cache_slot_bytes, cache_slots, host_columns, slot_bytes
 from sim.model import ModelSpec
 from sim.plan import Plan, Tier
 
@@ -106,10 +107,11 @@ class Slots:
 
 @dataclass(frozen=True)
 class WeightStore:
-    """All MLP weights of a model, placed as a plan says; slots by tier."""
+    """All MLP weights of a model, placed as a plan says; slots by tier; cache holds the expert cache's slots."""
 
     layers: tuple[LayerStore, ...]
     slots: dict[Tier, Slots]
+    cache: tuple[Tensor, ...] = ()
 
     @property
     def device_bytes(self) -> int:
@@ -120,6 +122,11 @@ class WeightStore:
     def host_bytes(self) -> int:
         """Bytes of columns in host memory."""
         return sum(e.host.nbytes for la in self.layers for e in la.experts)
+
+
+def cached_run(cache: Sequence[Tensor], part: Part, d_model: int) -> Tensor:
+    """The run of the expert cache that holds a part."""
+    return cache[part.cached][: (part.stop - part.start) * 3 * d_model]
 
 
 def allocate(spec: ModelSpec, plan: Plan, device: Device) -> WeightStore:
@@ -144,7 +151,10 @@ def allocate(spec: ModelSpec, plan: Plan, device: Device) -> WeightStore:
             experts.append(store)
             at_host, at_device = at_host + h * width, at_device + g * width
         layers.append(LayerStore(tuple(experts)))
-    return WeightStore(tuple(layers), _slots(spec, plan, device, dtype))
+    n_slots, size = cache_slots(spec, plan), cache_slot_bytes(spec, plan) // dtype.itemsize
+    region = device.allocate(n_slots * size, dtype, "expert cache")
+    cache = tuple(region[i * size : (i + 1) * size] for i in range(n_slots))
+    return WeightStore(tuple(layers), _slots(spec, plan, device, dtype), cache)
 
 
 def _slots(spec: ModelSpec, plan: Plan, device: Device, dtype: torch.dtype) -> dict[Tier, Slots]:
@@ -156,3 +166,14 @@ def _slots(spec: ModelSpec, plan: Plan, device: Device, dtype: torch.dtype) -> d
         tier: Slots(tuple(region[i * size : (i + 1) * size] for i in range(tier.n_slots)))
         for tier, size in zip(plan.tiers, sizes, strict=True)
     }
+
+
+def fill_cache(spec: ModelSpec, plan: Plan, store: WeightStore) -> None:
+    """Copy the experts that the expert cache begins with from host memory into its slots."""
+    if plan.cache is None:
+        return
+    state = CacheState.of(spec, plan)
+    for layer, expert in state.contents:
+        gg, columns = plan.layers[layer].gg[expert], spec.layers[layer].ffn.columns
+        part = Part(expert, gg, columns, 0, state.slot(layer, expert) or 0)
+        cached_run(store.cache, part, spec.d_model).copy_(store.layers[layer].experts[expert].host_run(gg, columns))

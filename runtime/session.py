@@ -25,7 +25,7 @@ from runtime.checkpoint import Checkpoint, read_config
 from runtime.devices import Device, open_device
 from runtime.executor import Executor
 from runtime.ffn import PartitionedExperts, PartitionedMlp, attach
-from runtime.memory import WeightStore, allocate
+from runtime.memory import WeightStore, allocate, fill_cache
 from runtime.skeleton import build_skeleton, load_rest
 from sim.memory import Memory, check_memory, memory
 from sim.model import ModelSpec
@@ -101,6 +101,7 @@ def run_info(executor: Executor) -> dict[str, object]:
         "profile_id": plan.profile_id,
         "device": executor.device.kind,
         "dtype": executor.spec.dtype,
+        **executor.cache_info(),
     }
 
 
@@ -151,6 +152,7 @@ def assemble(folder: Path, spec: ModelSpec, plan: Plan, device: Device, fill: Fi
         device.arena.take(need.kv + need.activations, "KV cache and activations")
         store = allocate(spec, plan, device)
         fill(model, store)
+        fill_cache(spec, plan, store)
         _audit(need, store)
         planned = _adopt(model)
         planned.executor = Executor(spec, plan, device, store, ACT2FN[model.config.hidden_act])

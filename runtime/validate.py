@@ -129,8 +129,9 @@ def _validate_model(
                 streamer = _announced(tokenizer, f"{spec.name}, {plan.policy}: ", text)
             runs.append(_run(folder, spec, plan, profile, workload, prompt, job, streamer))
             bar.update()
-    limit = bound(spec, profile, budget, workload)
-    rows = sorted((_row(spec, run, workload, limit) for run in runs), key=_by_speed) + refused
+    limits = {cached: bound(spec, profile, budget, workload, cached) for cached in {p.cache is not None for p in plans}}
+    rows = [_row(spec, run, workload, limits[run.plan.cache is not None]) for run in runs]
+    rows = sorted(rows, key=_by_speed) + refused
     shown = next(run for run in runs if run.plan is best)
     files = _save(out, spec, profile, shown)
     result = ModelResult(

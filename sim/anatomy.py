@@ -17,6 +17,7 @@ import pandas as pd
 
 from hwmodels.errors import FormatError
 from hwmodels.profile import HardwareProfile
+from sim.caching import CacheWalk
 from sim.compile import compile_step
 from sim.cost import price
 from sim.engine import schedule
@@ -47,11 +48,12 @@ def anatomy(
     """
     check_plan(plan, spec)
     where = routing_of(spec, workload, routing)
+    walk = CacheWalk(spec, plan, workload.steps(), where, routing.cached if routing is not None else None)
     wall_s = measured.step_s
     rows = []
     for step in workload.steps():
         if step.name in wall_s:
-            graph = compile_step(spec, plan, step, where)
+            graph = compile_step(spec, plan, step, where, walk.before(step))
             found = _causes(graph, profile, _durations(graph, measured.step(step.name)), wall_s[step.name])
             rows.append({"step": step.name, **found})
     if not rows:

@@ -16,15 +16,20 @@ Proof. Take any plan and any step of the set.
     (`_per_column_s`, `_per_byte_s`): between two nodes of a curve time over roofline is at least the smaller
     of the nodes' ratios (hwmodels.interpolate), and beyond its nodes the profile scales by the roofline. So
     the least ratio over the nodes holds everywhere.
+5.  A plan with an expert cache changes what is resident from step to step. Let residency count at the start of
+    each step: there M <= B holds as well. An expert that is not resident and is at the start of the next step
+    was sent between (s times its bytes, in S), and may have been computed from that same send. What remains
+    for every expert is a shortest path over the steps with two states, resident or not, which begins in either
+    for nothing (`_Moving`). With one step nothing changes hands, so that prefill's bound needs no such care.
 The bound is the largest value found over the multipliers; each of them proves it. A plan that leaves the device
 alone needs no activations on it, the exception to 3.: A + C with everything on the CPU bounds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +43,7 @@ from sim.simulate import routing_of
 from sim.workload import Step, Workload
 
 Floats = NDArray[np.float64]
+_PLACES: tuple[Literal["CPU", "GPU"], ...] = ("CPU", "GPU")
 _MOST_STEPS = 128
 _SHAPE_TOLERANCE = 1.02  # a curve over tokens alone answers for weights up to 2 % larger than measured
 
@@ -62,8 +68,13 @@ class Bound:
         return self.prefill_s + (n_gen - 1) * self.decode_s
 
 
-def bound(spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, workload: Workload) -> Bound:
-    """The hardware's limit for a model, a budget and a workload.
+def bound(
+    spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, workload: Workload, cached: bool = False
+) -> Bound:
+    """The hardware's limit for a model, a budget and a workload: of plans that keep their placement.
+
+    cached: of plans with an expert cache, too. No plan beats that either, but it lies lower, since such a cache
+    might know the future.
 
     Decode is the mean over all decode steps, or 128 evenly spread ones if there are more. Routing is the
     workload's own: experts that it uses often may be resident, but not luckier ones.
@@ -74,7 +85,7 @@ def bound(spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, wor
     if decode:
         spread = np.linspace(0, len(decode) - 1, min(_MOST_STEPS, len(decode)))
         steps = [decode[round(i)] for i in spread]
-        decode_s, decode_binds = _mean_step_s(spec, profile, vram_budget_bytes, workload, steps)
+        decode_s, decode_binds = _mean_step_s(spec, profile, vram_budget_bytes, workload, steps, cached and spec.is_moe)
     decode_tok_s = workload.batch / decode_s if decode_s > 0 else 0.0
     return Bound(prefill_s, decode_s, prefill.n_tokens / prefill_s, decode_tok_s, prefill_binds, decode_binds)
 
@@ -106,11 +117,16 @@ class _Relaxed:
     def value(self, cpu: float, gpu: float, link: float, per_byte: float) -> float:
         """The dual's value: a lower bound of the mean step time for any multipliers."""
         n_experts, n_layers = len(self.expert_layer), len(self.rest_bytes)
-        chain = cpu + gpu
         sent = np.minimum(cpu * self.cpu_s, gpu * self.gpu_s + link * self.link_s)
         hosted = np.bincount(self.use_expert, sent, n_experts)
         resident = np.bincount(self.use_expert, gpu * self.gpu_s, n_experts) + per_byte * self.expert_bytes
         mlp = np.bincount(self.expert_layer, np.minimum(hosted, resident), n_layers)
+        return self.with_chain(cpu, gpu, per_byte, mlp)
+
+    def with_chain(self, cpu: float, gpu: float, per_byte: float, mlp: NDArray[Any]) -> float:
+        """The dual's value, given what the MLPs of each layer come to on the device."""
+        n_experts, n_layers = len(self.expert_layer), len(self.rest_bytes)
+        chain = cpu + gpu
         on_cpu = np.bincount(self.expert_layer, np.bincount(self.use_expert, cpu * self.cpu_s, n_experts), n_layers)
         layers = np.minimum(
             chain * self.chain_gpu_s + per_byte * self.rest_bytes + mlp, chain * self.chain_cpu_s + on_cpu
@@ -119,14 +135,54 @@ class _Relaxed:
         return float(layers.sum() + ends - per_byte * self.free_bytes)
 
 
+@dataclass(frozen=True)
+class _Moving:
+    """The relaxed problem of plans with an expert cache: seconds and bytes by step and expert, [step, expert].
+
+    alone is the problem of plans without; follows says whether a step comes right after the one before it.
+    """
+
+    alone: _Relaxed
+    step_cpu_s: Floats
+    step_gpu_s: Floats
+    step_link_s: Floats
+    send_s: Floats
+    bytes_of: Floats
+    layer_of: NDArray[np.int64]
+    follows: NDArray[np.bool_]
+
+    def value(self, cpu: float, gpu: float, link: float, per_byte: float) -> float:
+        """The dual's value: a lower bound of the mean step time for any multipliers."""
+        away = here = np.zeros(self.step_cpu_s.shape[1])
+        stays_s, send_s = per_byte * self.bytes_of, link * self.send_s
+        for t, follows in enumerate(self.follows.tolist()):
+            if not follows:  # steps between are left out: anything may have been sent there
+                away = here = np.minimum(away, here)
+            on_cpu_s, on_gpu_s = cpu * self.step_cpu_s[t], gpu * self.step_gpu_s[t]
+            used_s = np.minimum(on_cpu_s, on_gpu_s)
+            kept = here + stays_s + used_s
+            once = away + np.minimum(on_cpu_s, on_gpu_s + link * self.step_link_s[t])
+            away, here = np.minimum(once, kept), np.minimum(away + send_s + used_s, kept)
+        mlp_s = np.bincount(self.layer_of, np.minimum(away, here) / len(self.follows), len(self.alone.rest_bytes))
+        return self.alone.with_chain(cpu, gpu, per_byte, mlp_s)
+
+
 def _mean_step_s(
-    spec: ModelSpec, profile: HardwareProfile, budget: int, workload: Workload, steps: Sequence[Step]
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    budget: int,
+    workload: Workload,
+    steps: Sequence[Step],
+    cached: bool = False,
 ) -> tuple[float, Resource]:
     free = budget - activation_bytes(spec, workload.n_ctx * workload.batch, workload.batch)
     if not profile.has_gpu or free <= 0:
         return float(np.mean([_cpu_only_s(spec, profile, workload, step) for step in steps])), "CPU"
     relaxed = _relax(spec, profile, free, workload, steps)
     best_s, (cpu, gpu, link) = _maximise(relaxed)
+    if cached:
+        moving = _move(relaxed, spec, profile, workload, steps)
+        best_s, (cpu, gpu, link) = _maximise_near(moving, cpu, gpu)
     without_device_s = float(relaxed.chain_cpu_s.sum() + relaxed.ends_s["CPU"] + relaxed.cpu_s.sum())
     if best_s >= without_device_s:
         return without_device_s, "CPU"
@@ -143,28 +199,43 @@ def _maximise(relaxed: _Relaxed) -> tuple[float, tuple[float, float, float]]:
         for cpu in np.clip(centre[0] + offsets, 0, 1):
             for gpu in np.clip(centre[1] + offsets, 0, 1):
                 if cpu + gpu <= 1:
-                    value = _best_per_byte(relaxed, float(cpu), float(gpu))
+                    value = _best_per_byte(relaxed, float(cpu), float(gpu), relaxed.value)
                     best_s, best = max((best_s, best), (value, (float(cpu), float(gpu))))
     return best_s, (best[0], best[1], 1 - best[0] - best[1])
 
 
-def _best_per_byte(relaxed: _Relaxed, cpu: float, gpu: float) -> float:
+def _maximise_near(moving: _Moving, cpu: float, gpu: float) -> tuple[float, tuple[float, float, float]]:
+    """The best of a few multipliers around those that are best for plans without a cache."""
+    best_s, best = -np.inf, (cpu, gpu)
+    for step in (0.12, 0.04):
+        around = [(best[0] + a * step, best[1] + b * step) for a, b in ((0, 0), (1, 0), (0, 1), (-1, 0), (0, -1))]
+        for c, g in around:
+            if min(c, g, 1 - c - g) >= -1e-12:
+                value = _best_per_byte(moving.alone, c, g, moving.value, 10)
+                best_s, best = max((best_s, best), (value, (c, g)))
+    return best_s, (best[0], best[1], 1 - best[0] - best[1])
+
+
+_Value = Callable[[float, float, float, float], float]
+
+
+def _best_per_byte(relaxed: _Relaxed, cpu: float, gpu: float, value: _Value, n_rounds: int = 30) -> float:
     """The dual is concave in the price of a device byte: golden section over its order of magnitude."""
     link, golden = 1 - cpu - gpu, 0.618033988749895
     worst_s = cpu * relaxed.cpu_s.sum() + relaxed.chain_cpu_s.sum() + relaxed.ends_s["CPU"]
     low, high = 0.0, float(worst_s / min(relaxed.free_bytes, relaxed.expert_bytes.min()))
     left, right = high - golden * (high - low), low + golden * (high - low)
-    at_left, at_right = relaxed.value(cpu, gpu, link, left), relaxed.value(cpu, gpu, link, right)
-    best = max(relaxed.value(cpu, gpu, link, 0.0), at_left, at_right)
-    for _ in range(30):
+    at_left, at_right = value(cpu, gpu, link, left), value(cpu, gpu, link, right)
+    best = max(value(cpu, gpu, link, 0.0), at_left, at_right)
+    for _ in range(n_rounds):
         if at_left >= at_right:
             high, right, at_right = right, left, at_left
             left = high - golden * (high - low)
-            best = max(best, at_left := relaxed.value(cpu, gpu, link, left))
+            best = max(best, at_left := value(cpu, gpu, link, left))
         else:
             low, left, at_left = left, right, at_right
             right = low + golden * (high - low)
-            best = max(best, at_right := relaxed.value(cpu, gpu, link, right))
+            best = max(best, at_right := value(cpu, gpu, link, right))
     return best
 
 
@@ -202,6 +273,38 @@ def _relax(
         ends_s={"GPU": _ends_s(spec, profile, "GPU", steps), "CPU": _ends_s(spec, profile, "CPU", steps)},
         ends_bytes=ends_bytes(spec),
         free_bytes=free_bytes,
+    )
+
+
+def _move(
+    alone: _Relaxed, spec: ModelSpec, profile: HardwareProfile, workload: Workload, steps: Sequence[Step]
+) -> _Moving:
+    where, per_byte_s = routing_of(spec, workload), _per_byte_s(profile)
+    cpu, gpu, link, send, size, owner = [], [], [], [], [], []
+    for layer, la in enumerate(spec.layers):
+        tokens = np.array([where(step, layer) for step in steps])
+        floors = {
+            n: [la.ffn.columns * _per_column_s(spec, profile, place, layer, n) if n else 0.0 for place in _PLACES]
+            for n in np.unique(tokens).tolist()
+        }
+        table = np.array([floors[n] for n in tokens.ravel().tolist()]).reshape(*tokens.shape, 2)
+        n_bytes = float(la.ffn.columns * spec.column_bytes(layer))
+        cpu.append(table[..., 0])
+        gpu.append(table[..., 1])
+        link.append((tokens > 0) * n_bytes * per_byte_s)
+        send.append(np.full(la.ffn.n_experts, n_bytes * per_byte_s))
+        size.append(np.full(la.ffn.n_experts, n_bytes))
+        owner.append(np.full(la.ffn.n_experts, layer))
+    depths = np.array([step.kv_tokens for step in steps])
+    return _Moving(
+        alone=alone,
+        step_cpu_s=np.concatenate(cpu, axis=1),
+        step_gpu_s=np.concatenate(gpu, axis=1),
+        step_link_s=np.concatenate(link, axis=1),
+        send_s=np.concatenate(send),
+        bytes_of=np.concatenate(size),
+        layer_of=np.concatenate(owner),
+        follows=np.diff(depths, prepend=depths[0] - 2) == 1,
     )
 
 

@@ -9,8 +9,9 @@ One layer, overlapping, in issue order (every resource works in this order):
     attn            GPU   norms, attention, router
     act_d2h         D2H   activations for the CPU
     cc              CPU   host columns that the CPU computes
+    evict send      D2H   experts that leave the cache, where that writes back, and those that replace them
     send, send      H2D   columns sent after the router, up to n_slots at once
-    gg              GPU   resident columns
+    gg              GPU   resident columns, and experts in the cache
     cg (send cg)*   GPU   sent columns, each followed by the send that reuses its slot
     act_h2d         H2D   the CPU's partial result
     send (ahead)    H2D   columns of the next layer on the device that need no router
@@ -22,15 +23,16 @@ the one before, and sends nothing before the router has run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from hwmodels import work
 from hwmodels.profile import Resource
+from sim.caching import NO_USE, CacheState, Fetch
 from sim.graph import Kind, Part, Task, TaskGraph, graph
 from sim.model import ModelSpec
-from sim.plan import Plan, Tier
-from sim.workload import Routing, Step
+from sim.plan import Plan, Tier, caches_layer
+from sim.workload import Routing, RoutingOf, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +45,14 @@ class Dispatch:
     cc: tuple[Part, ...]
 
 
-def dispatch(columns: int, gg: tuple[int, ...], tier: Tier, layer: int, routing: Routing) -> Dispatch:
+def dispatch(
+    columns: int, gg: tuple[int, ...], tier: Tier, layer: int, routing: Routing, cached: Collection[int] = ()
+) -> Dispatch:
     """Split every expert that has tokens: [0, gg) GG, then columns that the tier sends (CG), the rest CC.
 
     Columns sent ahead are sent for every expert (the router has not run), but computed only for
-    experts with tokens; a part with n_tokens 0 is sent and not computed.
+    experts with tokens; a part with n_tokens 0 is sent and not computed. Of experts in the cache only
+    the GG part is split off.
     """
     parts: tuple[list[Part], ...] = ([], [], [], [])
     for expert, n_tokens in enumerate(routing):
@@ -55,6 +60,8 @@ def dispatch(columns: int, gg: tuple[int, ...], tier: Tier, layer: int, routing:
         sent = min(resident + tier.ahead[layer], columns)
         if n_tokens and resident:
             parts[0].append(Part(expert, 0, resident, n_tokens))
+        if expert in cached:
+            continue
         if sent > resident:
             parts[1].append(Part(expert, resident, sent, n_tokens))
         if n_tokens and columns > sent:
@@ -75,20 +82,28 @@ def _routed_stop(tier: Tier, start: int, columns: int, n_tokens: int) -> int:
 
 @dataclass
 class StepCompiler:
-    """Compiles one step in execution order: begin, layer 0 .. n-1, end. Holds what tasks depend on."""
+    """Compiles one step in execution order: begin, layer 0 .. n-1, end. Holds what tasks depend on.
+
+    cache is what earlier steps left in the expert cache, and advances with this one; by default what the
+    plan begins with.
+    """
 
     spec: ModelSpec
     plan: Plan
     step: Step
+    cache: CacheState | None = None
     tier: Tier = field(init=False)
     _prev: str = field(init=False, default="")
     _slot_user: list[str] = field(init=False)
     _next_slot: int = field(init=False, default=0)
     _ahead: dict[int, tuple[str, int]] = field(init=False, default_factory=dict)
+    _cache_user: dict[int, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tier = self.plan.tier(self.step.n_tokens)
         self._slot_user = [""] * self.tier.n_slots
+        if self.cache is None and self.plan.cache is not None:
+            self.cache = CacheState.of(self.spec, self.plan)
 
     # -- parts of a step ------------------------------------------------------------------------------
 
@@ -116,9 +131,13 @@ class StepCompiler:
         part = self.plan.layers[layer]
         if part.rest == "CPU":
             return self._mlp_on_cpu(layer, routing)
-        columns = self.spec.layers[layer].ffn.columns
-        split = dispatch(columns, part.gg, self.tier, layer, routing)
-        tasks = self._serial_mlp(layer, split) if not self.tier.overlap else self._overlapping_mlp(layer, split)
+        columns, use = self.spec.layers[layer].ffn.columns, NO_USE
+        if self.cache is not None and caches_layer(self.plan, self.spec, layer):
+            use = self.cache.use(layer, self.tier, part.gg, columns, routing)
+        split = dispatch(columns, part.gg, self.tier, layer, routing, use.experts)
+        split = replace(split, gg=split.gg + use.hits)
+        issue = self._overlapping_mlp if self.tier.overlap else self._serial_mlp
+        tasks = issue(layer, split, use.fetched)
         self._prev = tasks[-1].id
         return tasks
 
@@ -132,18 +151,21 @@ class StepCompiler:
 
     # -- the MLP --------------------------------------------------------------------------------------
 
-    def _overlapping_mlp(self, layer: int, split: Dispatch) -> list[Task]:
+    def _overlapping_mlp(self, layer: int, split: Dispatch, fetched: Sequence[Fetch]) -> list[Task]:
         attn, tasks, partial = self._prev, [], []
         if split.cc:
             n_bytes = self._activation_bytes()
             down = self._copy("act_d2h", "D2H", layer, n_bytes, (attn,))
             cc = self._ffn("cc", layer, "CPU", split.cc, (down.id,))
             tasks += [down, cc]
+        for fetch in fetched:
+            if fetch.evicted is not None:
+                tasks.append(self._cached_copy("evict", "D2H", layer, fetch.evicted, (attn,)))
+            tasks.append(self._cached_copy("send", "H2D", layer, fetch.part, (attn,)))
+        arrived = [task for task in tasks if task.kind == "send"]
         routed = [(part,) for part in split.routed]
-        sends: list[Task] = []
-        for i, parts in enumerate(routed[: self.tier.n_slots]):
-            sends.append(self._send(f"send{parts[0].expert}", layer, parts, (attn,)))
-            tasks.append(sends[i])
+        sends = [self._send(f"send{p[0].expert}", layer, p, (attn,)) for p in routed[: self.tier.n_slots]]
+        tasks += sends
         if split.gg:
             tasks.append(self._ffn("gg", layer, "GPU", split.gg, (attn,)))
             partial.append(tasks[-1].id)
@@ -153,6 +175,9 @@ class StepCompiler:
             if computed:
                 tasks.append(self._ffn("cg", layer, "GPU", computed, (attn, send), slot))
                 partial.append(tasks[-1].id)
+        for task in arrived:
+            tasks.append(self._ffn("cg", layer, "GPU", task.parts, (task.id,), name=f"cg{task.parts[0].expert}"))
+            partial.append(tasks[-1].id)
         for i, parts in enumerate(routed):
             name = f"cg{parts[0].expert}"
             tasks.append(self._ffn("cg", layer, "GPU", parts, (sends[i].id,), sends[i].slot, name))
@@ -168,7 +193,7 @@ class StepCompiler:
         tasks.append(self._task("join", layer, "GPU", self._join_work(len(partial)), tuple(partial)))
         return tasks
 
-    def _serial_mlp(self, layer: int, split: Dispatch) -> list[Task]:
+    def _serial_mlp(self, layer: int, split: Dispatch, fetched: Sequence[Fetch]) -> list[Task]:
         """Device parts first, then sent parts one by one, then the CPU; each waits for the one before."""
         tasks: list[Task] = []
         computed = tuple(p for p in split.ahead if p.n_tokens)
@@ -182,6 +207,12 @@ class StepCompiler:
             tasks.append(self._send("send", layer, split.ahead, after()))
         if computed:
             tasks.append(self._ffn("cg", layer, "GPU", computed, after(), tasks[-1].slot))
+        for fetch in fetched:
+            if fetch.evicted is not None:
+                tasks.append(self._cached_copy("evict", "D2H", layer, fetch.evicted, after()))
+            tasks.append(self._cached_copy("send", "H2D", layer, fetch.part, after()))
+            parts = tasks[-1].parts
+            tasks.append(self._ffn("cg", layer, "GPU", parts, after(), name=f"cg{parts[0].expert}"))
         for part in split.routed:
             tasks.append(self._send(f"send{part.expert}", layer, (part,), after()))
             tasks.append(self._ffn("cg", layer, "GPU", (part,), after(), tasks[-1].slot, f"cg{part.expert}"))
@@ -189,7 +220,7 @@ class StepCompiler:
             tasks.append(self._copy("act_d2h", "D2H", layer, self._activation_bytes(), after()))
             tasks.append(self._ffn("cc", layer, "CPU", split.cc, after()))
             tasks.append(self._copy("act_h2d", "H2D", layer, self._activation_bytes(), after()))
-        n_partial = bool(split.gg) + bool(computed) + len(split.routed) + bool(split.cc)
+        n_partial = bool(split.gg) + bool(computed) + len(fetched) + len(split.routed) + bool(split.cc)
         tasks.append(self._task("join", layer, "GPU", self._join_work(n_partial), after()))
         return tasks
 
@@ -208,7 +239,11 @@ class StepCompiler:
             return []
         columns = self.spec.layers[layer].ffn.columns
         gg = self.plan.layers[layer].gg
-        parts = tuple(Part(e, g, min(g + self.tier.ahead[layer], columns), 0) for e, g in enumerate(gg) if g < columns)
+        parts = tuple(
+            Part(e, g, min(g + self.tier.ahead[layer], columns), 0)
+            for e, g in enumerate(gg)
+            if g < columns and (self.cache is None or self.cache.slot(layer, e) is None)
+        )
         if not parts:
             return []
         send = self._send("send", layer, parts, ())
@@ -254,6 +289,15 @@ class StepCompiler:
         self._slot_user[slot] = task.id
         return task
 
+    def _cached_copy(self, kind: Kind, resource: Resource, layer: int, part: Part, deps: tuple[str, ...]) -> Task:
+        """An expert into its slot of the cache, or back to the host."""
+        demand = work.copy((part.stop - part.start) * self.spec.column_bytes(layer), self.spec.dtype, self.plan.pinned)
+        user = self._cache_user.get(part.cached, "")
+        deps = tuple(dict.fromkeys(d for d in (*deps, user) if d))
+        name = f"{self.step.name}.L{layer:02d}.{kind}{part.expert}"
+        self._cache_user[part.cached] = name
+        return Task(name, kind, resource, (demand,), deps, self.step.name, layer, (part,))
+
     def _ffn(
         self,
         kind: Kind,
@@ -278,6 +322,7 @@ class StepCompiler:
         )
         if slot >= 0:
             self._slot_user[slot] = task.id
+        self._cache_user.update((p.cached, task.id) for p in parts if p.cached >= 0)
         return task
 
     def _join_work(self, n_partial: int) -> tuple[work.Work, ...]:
@@ -287,12 +332,11 @@ class StepCompiler:
         return float(self.step.n_tokens * self.spec.d_model * self.spec.dtype_bytes)
 
 
-RoutingOf = Callable[[Step, int], Routing]
-
-
-def compile_step(spec: ModelSpec, plan: Plan, step: Step, routing: RoutingOf) -> TaskGraph:
-    """TaskGraph of one forward pass; routing(step, layer) says where tokens went."""
-    return graph(_step_tasks(StepCompiler(spec, plan, step), routing))
+def compile_step(
+    spec: ModelSpec, plan: Plan, step: Step, routing: RoutingOf, cache: CacheState | None = None
+) -> TaskGraph:
+    """TaskGraph of one forward pass; routing(step, layer) says where tokens went. Advances the cache, if given."""
+    return graph(_step_tasks(StepCompiler(spec, plan, step, cache), routing))
 
 
 def _step_tasks(compiler: StepCompiler, routing: RoutingOf) -> Iterator[Task]:

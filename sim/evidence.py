@@ -78,11 +78,7 @@ class Evidence:
 
     def trace(self, case: Case) -> RoutingTrace:
         """The routing of a case's median run."""
-        own = self.routing[self.routing["plan_id"] == case.plan.id].sort_values(["step", "layer", "expert"])
-        counts: dict[tuple[str, int], list[int]] = {}
-        for step, layer, n_tokens in own[["step", "layer", "n_tokens"]].itertuples(index=False, name=None):
-            counts.setdefault((step, layer), []).append(n_tokens)
-        return RoutingTrace({key: tuple(row) for key, row in counts.items()})
+        return RoutingTrace.of(self.routing[self.routing["plan_id"] == case.plan.id], f"routing of {case.plan.id}")
 
     def save(self, folder: Path) -> None:
         """Write all files into a folder."""

@@ -18,7 +18,7 @@ _LEGEND: dict[str, tuple[str, tuple[str, ...]]] = {
     "attention, router": ("#56B4E9", ("attn",)),
     "GG: kept on the device": ("#009E73", ("gg",)),
     "CG: sent columns, computed": ("#E69F00", ("cg",)),
-    "CG: weights being sent": ("#F0E442", ("send",)),
+    "CG: weights being sent": ("#F0E442", ("send", "evict")),
     "CC: computed by the CPU": ("#D55E00", ("cc",)),
     "activations": ("#CC79A7", ("act_d2h", "act_h2d", "hidden_d2h", "hidden_h2d")),
     "join": (BLACK, ("join",)),

@@ -17,6 +17,7 @@ Kind = Literal[
     "act_d2h",
     "cc",
     "send",
+    "evict",
     "cg",
     "gg",
     "act_h2d",
@@ -32,6 +33,7 @@ embed, attn, head, sample   the parts of a step that are not MLPs (see hwmodels.
 act_d2h, act_h2d            activations to the host for CC, its partial result back
 cc, cg, gg                  the MLP columns of that class
 send                        weights of CG columns from host to a device slot
+evict                       weights of an expert that leaves the expert cache, back to the host
 join                        sum of partial results on the device
 hidden_d2h, hidden_h2d      hidden states between a layer on the device and one on the CPU
 """
@@ -39,12 +41,16 @@ hidden_d2h, hidden_h2d      hidden states between a layer on the device and one 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Columns [start, stop) of one expert for n_tokens tokens: what a cc, cg, gg or send task covers."""
+    """Columns [start, stop) of one expert for n_tokens tokens: what a cc, cg, gg or send task covers.
+
+    cached is the slot of the expert cache that holds them, -1 if they lie elsewhere.
+    """
 
     expert: int
     start: int
     stop: int
     n_tokens: int
+    cached: int = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hwmodels.errors import PlanError
 from hwmodels.units import format_bytes
 from sim.model import ModelSpec
-from sim.plan import Plan, Tier
+from sim.plan import Plan, Tier, caches_layer
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,12 @@ class Memory:
     activations: int
     host_weights: int
     host_kv: int
+    cache: int = 0
 
     @property
     def vram_bytes(self) -> int:
         """Everything on the device."""
-        return self.ends + self.rest + self.gg + self.slots + self.kv + self.activations
+        return self.ends + self.rest + self.gg + self.slots + self.cache + self.kv + self.activations
 
     @property
     def host_bytes(self) -> int:
@@ -86,6 +87,27 @@ def slot_bytes(spec: ModelSpec, plan: Plan, tier: Tier) -> int:
     return largest
 
 
+def cache_slot_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """Size of one slot of the expert cache: the largest host part of an expert that it may hold; 0 without a cache."""
+    parts = (
+        (la.ffn.columns - min(plan.layers[i].gg)) * spec.column_bytes(i)
+        for i, la in enumerate(spec.layers)
+        if caches_layer(plan, spec, i)
+    )
+    return max(parts, default=0)
+
+
+def cache_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """Device memory of the expert cache."""
+    return cache_slots(spec, plan) * cache_slot_bytes(spec, plan)
+
+
+def cache_slots(spec: ModelSpec, plan: Plan) -> int:
+    """Slots of the expert cache of all layers."""
+    n_layers = sum(caches_layer(plan, spec, i) for i in range(spec.n_layers))
+    return plan.cache.total_slots(n_layers) if plan.cache is not None and n_layers else 0
+
+
 def memory(spec: ModelSpec, plan: Plan, n_tokens: int | None = None) -> Memory:
     """Bytes by part of a plan; n_tokens is the largest step (default: the whole context)."""
     rows = (n_tokens if n_tokens is not None else plan.n_ctx) * plan.batch
@@ -112,6 +134,7 @@ def memory(spec: ModelSpec, plan: Plan, n_tokens: int | None = None) -> Memory:
         activations=activation_bytes(spec, rows, plan.batch) if plan.uses_gpu else 0,
         host_weights=host + (ends if plan.ends == "CPU" else 0),
         host_kv=host_kv,
+        cache=cache_bytes(spec, plan),
     )
 
 
@@ -124,8 +147,8 @@ def check_memory(spec: ModelSpec, plan: Plan, host_bytes: int | None = None) -> 
             f"{plan.policy} needs {format_bytes(need.vram_bytes)} of device memory, the budget is "
             f"{format_bytes(plan.vram_budget_bytes)}: {format_bytes(missing)} are missing. Fixed parts: embedding and "
             f"head {format_bytes(need.ends)}, attention {format_bytes(need.rest)}, KV cache {format_bytes(need.kv)}, "
-            f"activations {format_bytes(need.activations)}, slots {format_bytes(need.slots)}. Raise --vram-budget to "
-            f"{format_bytes(need.vram_bytes - need.gg)} or lower the context"
+            f"activations {format_bytes(need.activations)}, slots {format_bytes(need.slots + need.cache)}. "
+            f"Raise --vram-budget to {format_bytes(need.vram_bytes - need.gg)} or lower the context"
         )
     if host_bytes is not None and need.host_bytes > host_bytes:
         raise PlanError(

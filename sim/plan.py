@@ -1,6 +1,7 @@
 """Plan: where every column of every MLP lives, and who computes it, as data.
 
 partition   which columns of which expert live on the device (GG); the rest lives in host memory.
+cache       slots on the device for the experts' host parts that the last steps used.
 tiers       by tokens in a step: which host columns are sent and computed by the device (CG), which are
             computed by the CPU (CC), in which order, with how many slots.
 
@@ -9,6 +10,7 @@ A policy makes a Plan; only a Plan passes from the simulator to the runtime.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,7 @@ SCHEMA = "scheinfer.plan"
 VERSION = 1
 
 Place = Literal["CPU", "GPU"]
+CacheScope = Literal["layer", "model"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,42 @@ class LayerPartition:
 
 
 @dataclass(frozen=True)
+class Balance:
+    """Seconds by which a tier splits a layer's experts between CPU and GPU.
+
+    One expert on the GPU, one sent, and on the CPU once per layer and per token.
+    """
+
+    gpu_s: float
+    send_s: float
+    cpu_s: float
+    cpu_token_s: float
+
+
+@dataclass(frozen=True)
+class ExpertCache:
+    """Slots on the device that hold experts' host parts from step to step; their copies on the host stay.
+
+    scope       layer: every layer has n_slots of its own; model: all layers share n_slots
+    rule        who leaves: lru, the expert used longest ago; score, the one with the least running share of tokens
+    n_spare     slots more, in which an expert arrives while the one that left is still copied back
+    writeback   an expert that leaves is copied to the host, as if that had no copy; scope layer only
+    first       (layer, expert) of experts that it begins with; within a pool the first to leave first
+    """
+
+    scope: CacheScope
+    rule: Literal["lru", "score"]
+    n_slots: int
+    first: tuple[tuple[int, int], ...]
+    n_spare: int = 0
+    writeback: bool = False
+
+    def total_slots(self, n_layers: int) -> int:
+        """Slots in all, where so many layers go through the cache."""
+        return self.n_slots * (n_layers if self.scope == "layer" else 1) + self.n_spare
+
+
+@dataclass(frozen=True)
 class Tier:
     """How steps of at most `max_tokens` tokens run.
 
@@ -47,6 +86,9 @@ class Tier:
                         (CG chosen by the step); None sends none. Not together with ahead
     n_slots             buffers on the device that sent columns pass through; 0 if nothing is sent
     stream_columns      how many of the host columns stream_min_tokens sends, the rest is CC; None: all
+    fetch_share         with an expert cache: the share of a layer's misses that is sent into it; the others,
+                        and those that find no room, are treated as if there were no cache
+    balance             with an expert cache, instead: who takes which expert, by two clocks (sim.caching)
     """
 
     name: str
@@ -56,6 +98,13 @@ class Tier:
     stream_min_tokens: int | None
     n_slots: int
     stream_columns: int | None = None
+    fetch_share: float = 0.0
+    balance: Balance | None = None
+
+    @property
+    def fetches(self) -> bool:
+        """Whether misses of an expert cache are sent into it."""
+        return self.fetch_share > 0 or self.balance is not None
 
 
 @dataclass(frozen=True)
@@ -85,6 +134,7 @@ class Plan:
     layers: tuple[LayerPartition, ...]
     tiers: tuple[Tier, ...]
     prediction: Prediction | None = None
+    cache: ExpertCache | None = None
 
     @cached_property
     def id(self) -> str:
@@ -106,7 +156,7 @@ class Plan:
     @property
     def sends_weights(self) -> bool:
         """Whether any tier sends host columns to the device."""
-        return any(t.stream_min_tokens is not None or any(t.ahead) for t in self.tiers)
+        return any(t.stream_min_tokens is not None or any(t.ahead) or t.fetches for t in self.tiers)
 
     def with_prediction(self, prediction: Prediction) -> Plan:
         """A copy that carries a prediction."""
@@ -143,6 +193,32 @@ def _check_alone(plan: Plan, where: str) -> None:
             raise FormatError(f"{where}.tiers[{i}]: sets both ahead and stream_min_tokens; a tier sends one way")
         if tier.overlap and any(tier.ahead) and tier.n_slots < 2:
             raise FormatError(f"{where}.tiers[{i}].n_slots: is {tier.n_slots}; sending a layer ahead needs two slots")
+        _check_fetching(plan, tier, f"{where}.tiers[{i}]")
+    if plan.cache is not None:
+        _check_cache(plan.cache, f"{where}.cache")
+
+
+def _check_fetching(plan: Plan, tier: Tier, where: str) -> None:
+    if not 0 <= tier.fetch_share <= 1:
+        raise FormatError(f"{where}.fetch_share: is {tier.fetch_share}; expected a share from 0 to 1")
+    if tier.fetches and plan.cache is None:
+        raise FormatError(f"{where}: sends misses into an expert cache, the plan has none; expected cache to be set")
+    if tier.fetches and any(tier.ahead):
+        raise FormatError(f"{where}: sends ahead and into the cache; a tier does one of both")
+    if tier.balance is not None and (tier.fetch_share > 0 or tier.stream_min_tokens is not None):
+        raise FormatError(f"{where}.balance: not together with fetch_share or stream_min_tokens")
+    if tier.balance is not None and min(vars(tier.balance).values()) < 0:
+        raise FormatError(f"{where}.balance: found {tier.balance}; expected seconds of zero or more")
+
+
+def _check_cache(cache: ExpertCache, where: str) -> None:
+    if cache.n_slots < 1 or cache.n_spare < 0:
+        raise FormatError(f"{where}: has {cache.n_slots} slots and {cache.n_spare} spare; expected at least 1 and 0")
+    if cache.writeback and cache.scope != "layer":
+        raise FormatError(f"{where}.writeback: needs scope layer, found {cache.scope}")
+    pools = Counter(layer if cache.scope == "layer" else 0 for layer, _ in cache.first)
+    if len(set(cache.first)) < len(cache.first) or any(n > cache.n_slots for n in pools.values()):
+        raise FormatError(f"{where}.first: expected different experts, at most {cache.n_slots} per pool")
 
 
 def check_plan(plan: Plan, spec: ModelSpec) -> None:
@@ -167,3 +243,15 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
         for tier in plan.tiers:
             if not 0 <= tier.ahead[i] <= ffn.columns:
                 raise PlanError(f"tier {tier.name}, layer {i}: ahead is {tier.ahead[i]}, expected 0 to {ffn.columns}")
+    for at, expert in plan.cache.first if plan.cache is not None else ():
+        known = 0 <= at < spec.n_layers and 0 <= expert < spec.layers[at].ffn.n_experts
+        if not known or not caches_layer(plan, spec, at) or plan.layers[at].gg[expert] == spec.layers[at].ffn.columns:
+            raise PlanError(
+                f"cache.first: layer {at}, expert {expert} has no host part that the device could compute; expected "
+                f"experts of MoE layers whose attention is on the device"
+            )
+
+
+def caches_layer(plan: Plan, spec: ModelSpec, layer: int) -> bool:
+    """Whether a layer's experts go through the plan's cache: an MoE layer that lives on the device."""
+    return plan.cache is not None and spec.layers[layer].ffn.is_moe and plan.layers[layer].rest == "GPU"

@@ -74,7 +74,7 @@ def rank(
 
 def explain(spec: ModelSpec, profile: HardwareProfile, plan: Plan, workload: Workload) -> str:
     """What a plan keeps where, who computes what, how fast that is, what limits it and why; plain text."""
-    limit = bound(spec, profile, plan.vram_budget_bytes, workload)
+    limit = bound(spec, profile, plan.vram_budget_bytes, workload, plan.cache is not None)
     timeline = simulate(spec, plan, profile, workload, every_step=False)
     parts = (
         _memory_words(spec, plan),

@@ -11,13 +11,14 @@ import numpy.typing as npt
 from hwmodels.errors import FormatError
 from hwmodels.profile import HardwareProfile
 from hwmodels.work import copy
-from sim.compile import RoutingOf, compile_step, dispatch
+from sim.caching import NO_USE, CacheState, CacheWalk
+from sim.compile import compile_step, dispatch
 from sim.cost import EVIDENCE, price
 from sim.engine import schedule, spans
 from sim.model import ModelSpec
-from sim.plan import Plan, Prediction, check_plan
+from sim.plan import Plan, Prediction, caches_layer, check_plan
 from sim.timeline import Span, Timeline
-from sim.workload import Routing, RoutingTrace, Step, Workload, sample_routing
+from sim.workload import Routing, RoutingOf, RoutingTrace, Step, Workload, sample_routing
 
 Table = npt.NDArray[np.float64]
 
@@ -42,8 +43,10 @@ def simulate(
     evidence: Counter[str] = Counter(dict.fromkeys(EVIDENCE, 0))
     all_spans: list[Span] = []
     now_s = 0.0
-    for step in workload.steps() if every_step else representative(workload):
-        graph = compile_step(spec, plan, step, where)
+    steps = workload.steps() if every_step else representative(workload)
+    walk = _walk(spec, plan, workload, where, routing)
+    for step in steps:
+        graph = compile_step(spec, plan, step, where, walk.before(step))
         prices = price(graph, profile)
         evidence.update(prices.evidence)
         starts, ends = schedule(graph, prices, profile.rates if contention else None, now_s)
@@ -57,6 +60,7 @@ def simulate(
         "device": profile.device,
         "evidence": dict(evidence),
         "contention": contention,
+        **walk.info(),
     }
     return Timeline("simulated", tuple(all_spans), info)
 
@@ -80,19 +84,35 @@ def forecast(
     check_plan(plan, spec)
     where = routing_of(spec, workload, routing)
     rates = profile.rates if contention else None
+    prefill, *decode = representative(workload)
+    counted = _spread(workload.steps()[1:], 128)
+    walk = _walk(spec, plan, workload, where, routing)
+    caches: dict[str, CacheState] = {}
+    rows: dict[str, _Row] = {}
+    for step in sorted({prefill, *decode, *counted}, key=lambda s: s.kv_tokens) if plan.cache is not None else ():
+        cache = walk.before(step)
+        assert cache is not None, "the plan has a cache"
+        if step in (prefill, *decode):
+            caches[step.name] = cache.copy()
+        rows[step.name] = _cached_row(step, cache, spec, plan, profile, where)
 
     def wall_s(step: Step) -> float:
-        graph = compile_step(spec, plan, step, where)
+        graph = compile_step(spec, plan, step, where, caches.get(step.name))
         return max(schedule(graph, price(graph, profile), rates)[1])
 
     def demand(steps: Sequence[Step]) -> Table:
+        if plan.cache is not None:
+            return np.array([rows[step.name] for step in steps])
         return _demand(steps, spec, plan, profile, where)
 
-    prefill, *decode = representative(workload)
     ttft_s, tpot_s = wall_s(prefill), 0.0
     if decode:
-        tpot_s = _mean_s(demand(decode), [wall_s(step) for step in decode], demand(_spread(workload.steps()[1:], 128)))
+        tpot_s = _mean_s(demand(decode), [wall_s(step) for step in decode], demand(counted))
     return Prediction(ttft_s, tpot_s, prefill.n_tokens / ttft_s, workload.batch / tpot_s if tpot_s else 0.0)
+
+
+def _walk(spec: ModelSpec, plan: Plan, workload: Workload, where: RoutingOf, trace: RoutingTrace | None) -> CacheWalk:
+    return CacheWalk(spec, plan, workload.steps(), where, trace.cached if trace is not None else None)
 
 
 def representative(workload: Workload, n_decode: int = 8) -> tuple[Step, ...]:
@@ -129,6 +149,35 @@ def _demand(steps: Sequence[Step], spec: ModelSpec, plan: Plan, profile: Hardwar
     return demand
 
 
+_Row = tuple[float, float, float, float]
+
+
+def _cached_row(
+    step: Step, cache: CacheState, spec: ModelSpec, plan: Plan, profile: HardwareProfile, where: RoutingOf
+) -> _Row:
+    """A row of `_demand` for a plan with an expert cache, which advances by the step."""
+    tier = plan.tier(step.n_tokens)
+    seconds = dict.fromkeys(("CPU", "H2D"), 0.0)
+    for i, (layer, part) in enumerate(zip(spec.layers, plan.layers, strict=True)):
+        if not layer.ffn.is_moe:
+            continue
+        routing, columns, use = where(step, i), layer.ffn.columns, NO_USE
+        if caches_layer(plan, spec, i):
+            use = cache.use(i, tier, part.gg, columns, routing)
+            for fetch in use.fetched:
+                seconds["H2D"] += _send_s(spec, plan, profile, i, columns - fetch.part.start)
+        for expert, n_tokens in enumerate(routing):
+            if n_tokens and expert not in use.experts:
+                cpu_s, link_s = _expert_s(spec, plan, profile, step, i, part.gg[expert], n_tokens)
+                seconds["CPU"] += cpu_s
+                seconds["H2D"] += link_s
+    return 1.0, float(step.kv_tokens), seconds["CPU"], seconds["H2D"]
+
+
+def _send_s(spec: ModelSpec, plan: Plan, profile: HardwareProfile, layer: int, columns: int) -> float:
+    return profile.time_s("H2D", copy(columns * spec.column_bytes(layer), spec.dtype, plan.pinned)).seconds
+
+
 def _expert_s(
     spec: ModelSpec, plan: Plan, profile: HardwareProfile, step: Step, layer: int, gg: int, n_tokens: int
 ) -> tuple[float, float]:
@@ -142,7 +191,7 @@ def _expert_s(
         cpu, sent = (sum(part.stop - part.start for part in parts) for parts in (split.cc, split.routed))
     return (
         profile.time_s("CPU", spec.ffn_work(layer, n_tokens, cpu)).seconds if n_tokens and cpu else 0.0,
-        profile.time_s("H2D", copy(sent * spec.column_bytes(layer), spec.dtype, plan.pinned)).seconds if sent else 0.0,
+        _send_s(spec, plan, profile, layer, sent) if sent else 0.0,
     )
 
 

@@ -27,6 +27,7 @@ from hwmodels.units import format_bytes
 from sim import planner, shards
 from sim.bounds import Bound, bound
 from sim.model import ModelSpec
+from sim.plan import Plan
 from sim.policies import known_policies
 from sim.rows import Row, simulated_row
 from sim.simulate import simulate
@@ -125,17 +126,17 @@ def _simulated(point: Point) -> Row:
     if profile.device == "cuda" and budget > profile.vram_bytes:
         raise PlanError(f"the budget is {format_bytes(budget)}, {profile.name} has {format_bytes(profile.vram_bytes)}")
     plan = planner.plan(spec, profile, budget, workload, point.policy)
-    return simulated_row(spec, plan, profile, workload, simulate(spec, plan, profile, workload), _bound(point))
+    return simulated_row(spec, plan, profile, workload, simulate(spec, plan, profile, workload), _bound(point, plan))
 
 
-_BOUNDS: dict[tuple[str, str, int, Workload], Bound] = {}
+_BOUNDS: dict[tuple[str, str, int, Workload, bool], Bound] = {}
 
 
-def _bound(point: Point) -> Bound:
-    """All policies share a bound: a worker remembers them."""
-    key = (point.spec.id, point.profile.id, point.vram_budget_bytes, point.workload)
+def _bound(point: Point, plan: Plan) -> Bound:
+    """Policies share a bound, those with an expert cache another: a worker remembers them."""
+    key = (point.spec.id, point.profile.id, point.vram_budget_bytes, point.workload, plan.cache is not None)
     if key not in _BOUNDS:
-        _BOUNDS[key] = bound(point.spec, point.profile, point.vram_budget_bytes, point.workload)
+        _BOUNDS[key] = bound(point.spec, point.profile, point.vram_budget_bytes, point.workload, key[-1])
     return _BOUNDS[key]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -17,6 +18,7 @@ from sim.model import ModelSpec
 Routing = tuple[int, ...]
 """Tokens sent to each expert of one layer in one step; a dense layer is one expert with all tokens."""
 
+_CACHED = "cached"
 _KEYS_AT_ONCE = 1 << 22  # bounds the memory of sampling a long prompt
 
 
@@ -63,6 +65,10 @@ class Step:
     batch: int = 1
 
 
+RoutingOf = Callable[[Step, int], Routing]
+"""Where a layer's tokens go in a step."""
+
+
 def check_context(spec: ModelSpec, workload: Workload) -> None:
     """FormatError if a sequence of the workload outgrows the positions that the model knows."""
     if workload.n_ctx > spec.max_positions:
@@ -74,18 +80,27 @@ def check_context(spec: ModelSpec, workload: Workload) -> None:
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """Tokens per expert, by step name and layer: recorded from a run, or sampled."""
+    """Tokens per expert, by step name and layer: recorded from a run, or sampled.
+
+    cached are the (layer, expert) that an expert cache held when the run began, the first to leave first;
+    None where nothing is known of one.
+    """
 
     counts: dict[tuple[str, int], Routing]
+    cached: tuple[tuple[int, int], ...] | None = None
 
     def at(self, step: str, layer: int) -> Routing | None:
         """Routing of one layer in one step, None if it was not recorded."""
         return self.counts.get((step, layer))
 
     def save(self, path: str | Path) -> None:
-        """Write as Parquet: step, layer, expert, n_tokens."""
+        """Write as Parquet, a row as in `rows`."""
+        pd.DataFrame(self.rows(), columns=["step", "layer", "expert", "n_tokens"]).to_parquet(path, index=False)
+
+    def rows(self) -> list[tuple[str, int, int, int]]:
+        """Step, layer, expert, n_tokens; of the step "cached" the last one is a place in the expert cache."""
         rows = [(s, la, e, n) for (s, la), counts in self.counts.items() for e, n in enumerate(counts)]
-        pd.DataFrame(rows, columns=["step", "layer", "expert", "n_tokens"]).to_parquet(path, index=False)
+        return rows + [(_CACHED, la, e, n) for n, (la, e) in enumerate(self.cached or ())]
 
     @staticmethod
     def load(path: str | Path) -> RoutingTrace:
@@ -97,21 +112,29 @@ class RoutingTrace:
         missing = {"step", "layer", "expert", "n_tokens"} - set(frame.columns)
         if missing:
             raise FormatError(f"{path}: no column {sorted(missing)[0]!r}; expected a routing trace")
-        counts: dict[tuple[str, int], list[int]] = {}
         try:
             frame = frame.astype({"step": str, "layer": int, "expert": int, "n_tokens": int})
         except (TypeError, ValueError) as error:
             raise FormatError(f"{path}: layer, expert and n_tokens are not all whole numbers: {error}") from error
+        return RoutingTrace.of(frame, str(path))
+
+    @staticmethod
+    def of(frame: pd.DataFrame, where: str) -> RoutingTrace:
+        """The trace of a table with the columns of `rows`; where names it for messages."""
+        counts: dict[tuple[str, int], list[int]] = {}
+        held = frame[frame["step"] == _CACHED].sort_values("n_tokens")
+        frame = frame[frame["step"] != _CACHED]
         columns = (frame[name].tolist() for name in ("step", "layer", "expert", "n_tokens"))
         for step, layer, expert, n_tokens in sorted(zip(*columns, strict=True)):
             row = counts.setdefault((step, layer), [])
             if expert != len(row) or n_tokens < 0:
                 raise FormatError(
-                    f"{path}: step {step}, layer {layer}: found {n_tokens} tokens for expert {expert} after "
+                    f"{where}: step {step}, layer {layer}: found {n_tokens} tokens for expert {expert} after "
                     f"{len(row)} experts; expected every expert once, with no less than zero tokens"
                 )
             row.append(n_tokens)
-        return RoutingTrace({key: tuple(row) for key, row in counts.items()})
+        cached = tuple(zip(held["layer"].tolist(), held["expert"].tolist(), strict=True))
+        return RoutingTrace({key: tuple(row) for key, row in counts.items()}, cached or None)
 
 
 @lru_cache(maxsize=1024)

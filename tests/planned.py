@@ -15,6 +15,7 @@ from runtime.session import PlannedModel, load_planned
 from sim.memory import memory
 from sim.model import ModelSpec, load_model
 from sim.plan import LayerPartition, Place, Plan, Tier
+from tests.caches import cached
 
 BUDGET_BYTES = 1 << 30
 
@@ -106,7 +107,8 @@ def plans(draw: st.DrawFn, spec: ModelSpec) -> Plan:
     """Any plan: every cut, mixed layers, and steps of at most two rows run otherwise than longer ones."""
     few, many = draw(tiers(spec, "decode", 2)), draw(tiers(spec, "prompt", 10**6))
     ends: Place = draw(st.sampled_from(("GPU", "CPU")))
-    return plan_for(spec, draw(layer_partitions(spec)), few, many, ends=ends)
+    plan = plan_for(spec, draw(layer_partitions(spec)), few, many, ends=ends)
+    return draw(cached(spec, plan)) if spec.is_moe and draw(st.booleans()) else plan
 
 
 # -- runs ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from hwmodels.profile import Curve, HardwareProfile, Resource, Sample
 from sim.bounds import bound
 from sim.memory import memory
 from sim.model import ModelSpec
+from sim.plan import ExpertCache
 from sim.planner import explain, plan, rank
 from sim.policies import POLICIES
 from sim.sensitivity import faster_memory, sensitivity
@@ -58,10 +59,25 @@ def test_no_plan_beats_the_bound(data):
     profile = data.draw(profiles(spec))
     workload = Workload(data.draw(st.integers(1, 9)), 4, batch=data.draw(st.integers(1, 2)), skew=1.0)
     made = replace(data.draw(plans(spec)), n_ctx=workload.n_ctx, batch=workload.batch)
-    limit = bound(spec, profile, memory(spec, made).vram_bytes, workload)
+    limit = bound(spec, profile, memory(spec, made).vram_bytes, workload, made.cache is not None)
     timeline = simulate(spec, made, profile, workload, contention=False)
     assert limit.prefill_s <= timeline.ttft_s * (1 + 1e-9)
     assert limit.decode_s <= timeline.tpot_s * (1 + 1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_no_expert_cache_beats_the_bound_of_caches(data):
+    spec, n_slots = moe(2, n_experts=6), data.draw(st.integers(1, 9))
+    profile = data.draw(profiles(spec))
+    workload = Workload(data.draw(st.integers(1, 9)), 12, batch=data.draw(st.integers(1, 2)), skew=2.0)
+    bare = replace(data.draw(plans(spec)), n_ctx=workload.n_ctx, batch=workload.batch, cache=None)
+    bare = replace(bare, tiers=(replace(bare.tiers[0], ahead=(0,) * 2, fetch_share=1.0, balance=None),))
+    made = replace(bare, cache=ExpertCache("model", "lru", n_slots, ()))
+    limit = bound(spec, profile, memory(spec, made).vram_bytes, workload, cached=True)
+    timeline = simulate(spec, made, profile, workload, contention=False)
+    assert limit.decode_s <= timeline.tpot_s * (1 + 1e-9)
+    assert limit.decode_s <= bound(spec, profile, memory(spec, made).vram_bytes, workload).decode_s * (1 + 1e-3)
 
 
 @settings(max_examples=6, deadline=None)

@@ -37,7 +37,7 @@ def test_the_kv_cache_lies_where_attention_runs(data):
 def test_the_parts_sum_up(data):
     spec = data.draw(specs())
     need = memory(spec, data.draw(plans(spec)))
-    assert need.vram_bytes == need.ends + need.rest + need.gg + need.slots + need.kv + need.activations
+    assert need.vram_bytes == need.ends + need.rest + need.gg + need.slots + need.cache + need.kv + need.activations
     assert need.host_bytes == need.host_weights + need.host_kv
 
 

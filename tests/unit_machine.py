@@ -14,6 +14,7 @@ from sim.graph import Task, TaskGraph, graph
 from sim.model import ModelSpec, from_config
 from sim.plan import LayerPartition, Place, Plan, Tier
 from sim.workload import Step
+from tests.caches import cached
 
 CPU: Resource = "CPU"
 GPU: Resource = "GPU"
@@ -160,7 +161,8 @@ def plans(draw: st.DrawFn, spec: ModelSpec) -> Plan:
         stream_min_tokens, stream_columns = draw(st.integers(1, 4)), draw(st.none() | st.integers(1, 9))
         n_slots = draw(st.integers(1, 3))
     how = Tier("all", 10**6, overlap, tuple(ahead), stream_min_tokens, n_slots, stream_columns)
-    return plan_of(spec, layers, how, ends="GPU" if draw(st.booleans()) else "CPU")
+    plan = plan_of(spec, layers, how, ends="GPU" if draw(st.booleans()) else "CPU")
+    return draw(cached(spec, plan)) if spec.is_moe and draw(st.booleans()) else plan
 
 
 @st.composite

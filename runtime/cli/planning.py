@@ -45,7 +45,7 @@ def plan(flags: Namespace) -> None:
         note(flags, f"wrote {flags.out}")
     if flags.explain:
         say(flags, planner.explain(spec, profile, made, workload))
-    limit = bound(spec, profile, budget, workload)
+    limit = bound(spec, profile, budget, workload, made.cache is not None)
     row = simulated_row(spec, made, profile, workload, timeline, limit)
     if flags.export is None:
         emit(flags, [row], SIMULATED_COLUMNS)
@@ -68,7 +68,7 @@ def simulate(flags: Namespace) -> None:
     if flags.trace is not None:
         timeline.save_chrome_trace(flags.trace)
         note(flags, f"wrote {flags.trace}; open it in ui.perfetto.dev")
-    limit = bound(spec, profile, used.vram_budget_bytes, workload)
+    limit = bound(spec, profile, used.vram_budget_bytes, workload, used.cache is not None)
     emit(flags, [simulated_row(spec, used, profile, workload, timeline, limit)], SIMULATED_COLUMNS)
 
 

@@ -22,7 +22,18 @@ from hwmodels.errors import PlanError
 from hwmodels.profile import HardwareProfile
 from sim.model import ModelSpec
 from sim.plan import Plan
-from sim.policies import cpu_only, fiddler, gpu_only, ktransformers, llama_cpp, stream, stream_overlap
+from sim.policies import (
+    cpu_only,
+    fiddler,
+    freetoken,
+    gpu_only,
+    hybrimoe,
+    ktransformers,
+    llama_cpp,
+    mixtral_offloading,
+    stream,
+    stream_overlap,
+)
 from sim.policies.problem import Policy, Problem
 from sim.search import search
 from sim.space import further_space, paper_space
@@ -32,7 +43,18 @@ NAME = "auto"
 
 OTHERS: dict[str, Policy] = {
     module.NAME: module.propose
-    for module in (cpu_only, gpu_only, stream, stream_overlap, llama_cpp, fiddler, ktransformers)
+    for module in (
+        cpu_only,
+        gpu_only,
+        stream,
+        stream_overlap,
+        llama_cpp,
+        fiddler,
+        ktransformers,
+        hybrimoe,
+        mixtral_offloading,
+        freetoken,
+    )
 }
 """All policies but scheinfer, whose space the search goes through first, and whose plan it so contains."""
 
