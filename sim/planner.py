@@ -93,6 +93,7 @@ def _memory_words(spec: ModelSpec, plan: Plan) -> list[str]:
         "embedding and head": need.ends,
         "GG columns": need.gg,
         "slots for CG columns": need.slots,
+        "expert cache": need.cache,
         "KV cache": need.kv,
         "activations": need.activations,
     }
@@ -134,6 +135,10 @@ def _sending_words(tier: Tier) -> str:
     if tier.stream_min_tokens is not None:
         what = "all host columns" if tier.stream_columns is None else f"{tier.stream_columns} columns"
         return f"{order}, {what} of each expert with at least {_tokens(tier.stream_min_tokens)} sent after the router"
+    if tier.balance is not None:
+        return f"{order}, CPU and GPU take experts by who would finish the next one earlier"
+    if tier.fetch_share > 0:
+        return f"{order}, {tier.fetch_share:.0%} of the expert cache's misses sent into it"
     return f"{order}, no weights sent"
 
 
@@ -159,6 +164,8 @@ def _speed_words(spec: ModelSpec, profile: HardwareProfile, plan: Plan, workload
 
 def _limit_words(timeline: Timeline) -> list[str]:
     lines = ["What limits it (share of the time that each resource is busy)"]
+    if "cache_hit_rate" in timeline.info:
+        lines.append(f"  expert cache: {timeline.info['cache_hit_rate']:.0%} of uses found the expert in it")
     for phase in ("prefill", "decode"):
         names = [name for name in timeline.steps if name.startswith(phase)]
         wall_s = sum(timeline.step_s[name] for name in names)

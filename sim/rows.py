@@ -118,4 +118,5 @@ def _usage(spec: ModelSpec, plan: Plan, timeline: Timeline) -> Row:
         "cpu_busy": busy["CPU"],
         "gpu_busy": busy["GPU"],
         "h2d_busy": busy["H2D"],
+        "cache_hit_rate": timeline.info.get("cache_hit_rate"),
     }

@@ -40,7 +40,7 @@ _TYPES = {
 _ORDER = (
     "model hardware policy plan_id profile_id device dtype vram_budget_bytes n_prompt n_gen n_depth batch seed skew "
     "prefill_tok_s decode_tok_s ttft_s tpot_s bound_prefill_tok_s bound_decode_tok_s bound_fraction "
-    "vram_bytes host_bytes h2d_bytes cpu_busy gpu_busy h2d_busy evidence refused failed point_id"
+    "vram_bytes host_bytes h2d_bytes cpu_busy gpu_busy h2d_busy cache_hit_rate evidence refused failed point_id"
 )
 COLUMNS = pa.schema(
     [(name, next((t for t, names in _TYPES.items() if name in names.split()), pa.float64())) for name in _ORDER.split()]

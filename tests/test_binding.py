@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 
 from runtime.binding import LayerBinding, send_pairs
 from runtime.devices.emulated import EmulatedDevice, Link
-from runtime.memory import Slots
+from runtime.memory import Slots, fill_cache
 from runtime.ops import gated_mlp, routed_mlp
 from runtime.routing import Routed
 from sim.compile import StepCompiler
@@ -72,6 +72,7 @@ def test_a_layers_tasks_in_any_allowed_order_make_its_mlp(
     spec = data.draw(specs())
     plan: Plan = data.draw(plans(spec))
     store, weights = filled(spec, plan, device)
+    fill_cache(spec, plan, store)
     compiler = StepCompiler(spec, plan, Step("prefill", n_tokens, n_tokens))
     slots = store.slots[compiler.tier]
     for task in compiler.begin():
@@ -82,7 +83,7 @@ def test_a_layers_tasks_in_any_allowed_order_make_its_mlp(
         routed = Routed.of(*chosen, spec.layers[i].ffn.n_experts) if chosen else None
         compiler.attention(i)
         tasks = compiler.mlp(i, routed.counts if routed else (n_tokens,))
-        binding = LayerBinding(layer, slots, device, True, silu, x, routed)
+        binding = LayerBinding(layer, slots, device, True, silu, x, routed, store.cache)
         bodies = {t.id: binding.bind(t, store.layers[t.layer]) for t in tasks}
         for task in any_order(tasks, seed):
             bodies[task.id]()

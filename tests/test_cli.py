@@ -30,7 +30,7 @@ RESULT_KEYS = {
     *("model", "policy", "plan_id", "profile_id", "device", "dtype", "vram_budget_bytes"),
     *("n_prompt", "n_gen", "n_depth", "batch", "prefill_tok_s", "decode_tok_s", "ttft_s", "tpot_s"),
     *("bound_prefill_tok_s", "bound_decode_tok_s", "bound_fraction", "vram_bytes", "host_bytes", "h2d_bytes"),
-    *("cpu_busy", "gpu_busy", "h2d_busy", "evidence"),
+    *("cpu_busy", "gpu_busy", "h2d_busy", "cache_hit_rate", "evidence"),
 }
 MEASURED_KEYS = {"stddev", "samples", "predicted_decode_tok_s", "predicted_prefill_tok_s", "error"}
 

@@ -24,6 +24,7 @@ from runtime.binding import LayerBinding
 from runtime.devices.base import Body
 from runtime.memory import LayerStore
 from runtime.session import PlannedModel
+from sim.caching import CacheWalk
 from sim.compile import compile_step
 from sim.graph import Task, TaskGraph
 from sim.model import ModelSpec
@@ -65,7 +66,8 @@ def graphs(spec: ModelSpec, plan: Plan, routing: RoutingTrace, workload: Workloa
     def recorded(step: Step, layer: int) -> tuple[int, ...]:
         return routing.counts[step.name, layer]
 
-    return {step.name: compile_step(spec, plan, step, recorded) for step in workload.steps()}
+    walk = CacheWalk(spec, plan, workload.steps(), recorded, routing.cached)
+    return {step.name: compile_step(spec, plan, step, recorded, walk.before(step)) for step in workload.steps()}
 
 
 # -- the timeline is the graph's ----------------------------------------------------------------------

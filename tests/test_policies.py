@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwmodels.errors import PlanError
 from hwmodels.profile import HardwareProfile
-from sim.memory import check_memory, memory
+from sim.memory import cache_slot_bytes, check_memory, memory
 from sim.model import ModelSpec
 from sim.plan import Plan, check_plan, load_plan
 from sim.policies import POLICIES, policy
+from sim.policies.caches import fetch_share
 from sim.policies.fiddler import crossover_tokens
-from sim.policies.problem import total_s
+from sim.policies.problem import Problem, total_s
 from sim.simulate import forecast, simulate
 from sim.timeline import Timeline
 from sim.workload import Workload, popularity
@@ -21,6 +24,9 @@ from tests.machines import budget, dense, machine, moe
 
 GENERATION = Workload(n_prompt=40, n_gen=4)
 NEEDS_GPU = sorted(set(POLICIES) - {"cpu-only", "auto"})
+CACHED = {"hybrimoe", "mixtral-offloading", "freetoken"}
+ON_DENSE = [(name, dense()) for name in sorted(set(POLICIES) - CACHED)]
+ON_BOTH = [*ON_DENSE, *((name, moe()) for name in sorted(POLICIES))]
 
 
 def propose(name: str, spec: ModelSpec, share: float, profile: HardwareProfile | None = None) -> Plan:
@@ -47,8 +53,7 @@ def full_layers(spec: ModelSpec, plan: Plan) -> list[int]:
 # -- all policies ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
-@pytest.mark.parametrize("spec", [dense(), moe()], ids=["dense", "moe"])
+@pytest.mark.parametrize(("name", "spec"), ON_BOTH)
 def test_a_plan_is_valid_fits_and_survives_a_file(name, spec, tmp_path):
     plan = propose(name, spec, 3.0)
     check_plan(plan, spec)
@@ -58,13 +63,15 @@ def test_a_plan_is_valid_fits_and_survives_a_file(name, spec, tmp_path):
     assert plan.policy == name
 
 
-@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"cpu-only", "gpu-only"}))
-@pytest.mark.parametrize("spec", [dense(), moe()], ids=["dense", "moe"])
+@pytest.mark.parametrize(("name", "spec"), [pair for pair in ON_BOTH if pair[0] not in ("cpu-only", "gpu-only")])
 def test_half_of_the_mlps_uses_most_of_the_budget(name, spec):
     # slots of up to two layers' MLPs are needed beside the residents
     plan = propose(name, spec, 1.2)
     unused = plan.vram_budget_bytes - memory(spec, plan).vram_bytes
-    assert 0 <= unused < spec.ffn_bytes(0) or min(min(part.gg) for part in plan.layers) == spec.layers[0].ffn.columns
+    assert (
+        0 <= unused < max(spec.ffn_bytes(0), cache_layer_bytes(spec, plan))
+        or min(min(part.gg) for part in plan.layers) == spec.layers[0].ffn.columns
+    )
 
 
 def test_an_unknown_policy_is_answered_with_the_known_ones():
@@ -83,7 +90,18 @@ def test_a_budget_too_small_for_anything_is_told_in_bytes(name):
     if name == "llama-cpp":  # it can leave all layers to the CPU
         return
     with pytest.raises(PlanError, match="are missing"):
-        policy(name)(dense(), machine(), 1000, GENERATION)
+        policy(name)(moe() if name in CACHED else dense(), machine(), 1000, GENERATION)
+
+
+@pytest.mark.parametrize("name", sorted(CACHED))
+def test_a_policy_that_caches_experts_says_that_a_dense_model_has_none(name):
+    with pytest.raises(PlanError, match="caches experts"):
+        propose(name, dense(), 1.0)
+
+
+def cache_layer_bytes(spec: ModelSpec, plan: Plan) -> int:
+    """One more slot for every layer."""
+    return spec.n_layers * cache_slot_bytes(spec, plan)
 
 
 # -- one by one --------------------------------------------------------------------------------------------------
@@ -225,6 +243,54 @@ def test_ktransformers_sends_a_prompt_through_the_gpu_only_where_that_is_faster(
     for profile, sends in ((fast, True), (slow, False)):
         timeline = run(spec, propose("ktransformers", spec, 0.8, profile), profile)
         assert (sent_bytes(timeline, "prefill") > 0) == sends
+
+
+def test_mixtral_offloading_swaps_experts_in_both_directions_and_never_asks_the_cpu():
+    spec = moe(3, columns=1024, n_experts=8, top_k=2)
+    timeline = run(spec, propose("mixtral-offloading", spec, 0.6))
+    decode = [s for s in timeline.spans if s.step == "decode2"]
+    assert not any(s.kind == "cc" for s in timeline.spans)
+    sent, back = (sum(s.bytes for s in decode if s.kind == kind) for kind in ("send", "evict"))
+    assert sent == back > 0  # the cache is full
+    assert sent % (spec.ffn_bytes(0) / 8) == 0
+
+
+def test_freetoken_shares_misses_so_that_link_and_cpu_end_together():
+    # experts of 3 * 64 * 1024 weights: 5 GB/s on the link, 10 on the CPU: a third of the misses is sent
+    spec = moe(2, columns=1024, n_experts=12, top_k=6)
+    problem = Problem(spec, machine(), budget(spec, GENERATION, 0.3), GENERATION)
+    assert fetch_share(problem) == pytest.approx(1 / 3, abs=0.01)
+    both = machine(together=(0.5, 1.0))  # beside the link the CPU is half as fast: then a half
+    assert fetch_share(replace(problem, profile=both)) == pytest.approx(1 / 2, abs=0.01)
+
+
+def test_freetoken_keeps_one_cache_for_all_layers_and_sends_prompts_around_it():
+    spec = moe(3, columns=1024, n_experts=8)
+    plan = propose("freetoken", spec, 0.9)
+    assert plan.cache is not None
+    assert (plan.cache.scope, plan.cache.rule) == ("model", "lru")
+    timeline = run(spec, plan)
+    in_cache = len(plan.cache.first) * spec.ffn_bytes(0) / 8
+    assert in_cache > 0
+    assert sent_bytes(timeline, "prefill") == 3 * spec.ffn_bytes(0) - in_cache
+
+
+def test_hybrimoe_lets_the_cpu_take_misses_that_are_not_worth_sending():
+    spec = moe(3, columns=1024, n_experts=8)
+    slow, fast = machine(link_gb_s=0.01), machine(cpu_gb_s=0.1, link_gb_s=50)
+    for profile, kind in ((slow, "cc"), (fast, "send")):
+        timeline = run(spec, propose("hybrimoe", spec, 0.5, profile), profile)
+        assert {s.kind for s in timeline.spans if s.step == "decode1"} & {"cc", "send"} == {kind}
+
+
+def test_a_popular_expert_is_more_often_found_in_a_cache():
+    spec, rates = moe(2, columns=1024, n_experts=8), []
+    for skew in (0.0, 1.0, 2.0):
+        skewed = Workload(4, 60, skew=skew)
+        plan = policy("freetoken")(spec, machine(), budget(spec, skewed, 0.6), skewed)
+        rates.append(simulate(spec, plan, machine(), skewed).info["cache_hit_rate"])
+    assert rates == sorted(rates)
+    assert rates[0] < rates[-1]
 
 
 def test_scheinfer_cuts_every_layer_alike():

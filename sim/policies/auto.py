@@ -1,14 +1,15 @@
 """auto: the fastest plan in simulation, whoever's rule it follows.
 
 Source: this project. The search space holds the paper's cut, cuts that differ from layer to layer, layers that
-    live on the CPU, and every other policy's own plan.
+    live on the CPU, a cache of experts, and every other policy's own plan.
 Placement: of every MLP or MoE layer any number of columns or experts, layers alike or one after the other;
     where memory is short, first layers or embedding and head on the CPU.
 Bytes over PCIe: as the plan says; sending nothing is a candidate for decode and for prompts.
 Compute site: as the plan says.
 Dispatch rule: as scheinfer's, or the winning policy's.
 Overlap: as scheinfer's, or the winning policy's.
-Cache and prefetch: as scheinfer's, or the winning policy's.
+Cache and prefetch: as scheinfer's; or a least-recently-used cache of experts, of each layer or of all, whose misses
+    are sent in the share that lets link and CPU end together, or as two clocks say; or the winning policy's.
 Derived by us: everything; no plan of another policy is faster in simulation, since all are compared.
 """
 
@@ -21,7 +22,7 @@ from functools import partial
 from hwmodels.errors import PlanError
 from hwmodels.profile import HardwareProfile
 from sim.model import ModelSpec
-from sim.plan import Plan
+from sim.plan import CacheScope, ExpertCache, Plan, Tier
 from sim.policies import (
     cpu_only,
     fiddler,
@@ -34,12 +35,15 @@ from sim.policies import (
     stream,
     stream_overlap,
 )
+from sim.policies.caches import expert_times, fetch_share, largest_cache, popular
 from sim.policies.problem import Policy, Problem
 from sim.search import search
 from sim.space import further_space, paper_space
 from sim.workload import Workload
 
 NAME = "auto"
+
+_SCOPES: tuple[CacheScope, ...] = ("layer", "model")
 
 OTHERS: dict[str, Policy] = {
     module.NAME: module.propose
@@ -63,8 +67,10 @@ def propose(spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, w
     """The fastest of the search's plans and all other policies' plans; PlanError if the model fits nowhere."""
     problem = Problem(spec, profile, vram_budget_bytes, workload)
     others = [partial(propose, spec, profile, vram_budget_bytes, workload) for propose in OTHERS.values()]
+    searched = _searched(problem)
+    cached = _cached(problem, searched[-1]().tiers[-1]) if searched and spec.is_moe else []
     try:
-        best = problem.best([*_searched(problem), *others])
+        best = problem.best([*searched, *cached, *others])
     except PlanError as error:
         if not profile.has_gpu:
             raise
@@ -80,6 +86,23 @@ def _searched(problem: Problem) -> list[Callable[[], Plan]]:
     except PlanError:  # nothing fits on the device; another policy may still do without it
         return []
     return [partial(_same, plan) for plan in found.winners]
+
+
+def _cached(problem: Problem, prompt: Tier) -> list[Callable[[], Plan]]:
+    """Experts in a cache in decode, prompts sent as the search found best; a cache for each layer or for all."""
+    if any(prompt.ahead):
+        prompt = problem.tier(prompt.name, prompt.max_tokens, True, stream_min_tokens=1, n_slots=prompt.n_slots)
+    decode = problem.tier("decode", problem.workload.batch, overlap=True)
+    ways = (replace(decode, fetch_share=fetch_share(problem)), replace(decode, balance=expert_times(problem)))
+    return [
+        partial(largest_cache, problem, NAME, (way, prompt), partial(_lru, problem, scope))
+        for way in ways
+        for scope in _SCOPES
+    ]
+
+
+def _lru(problem: Problem, scope: CacheScope, n_slots: int) -> ExpertCache:
+    return ExpertCache(scope, "lru", n_slots, popular(problem, scope, n_slots))
 
 
 def _same(plan: Plan) -> Plan:
