@@ -33,7 +33,7 @@ venv: $(STAMP)
 
 # torch first and by its exact version: left to the resolver it may fetch several gigabytes twice.
 # An environment whose pip does not answer was left half made, and is made anew.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard runtime/native/*.cpp runtime/native/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scheinfer needs Python 3.11 or newer, " \
 	  + sys.executable + " is " + sys.version.split()[0] + "; choose another with make PYTHON=...")'
 	@$(PIP) --version >/dev/null 2>&1 || \

@@ -7,6 +7,7 @@ ScheInferError            base of all; a ValueError, so callers may catch either
 ├── GraphError            a task graph is not a graph of tasks in a runnable order
 ├── PlanError             no plan fits, or a plan does not fit this model or machine
 ├── CheckpointError       a checkpoint folder or one of its files is unusable
+├── KernelError           the native CPU kernel was asked for and cannot be used
 └── ExecutionError        a task failed while running; names the task
 """
 
@@ -41,3 +42,7 @@ class CheckpointError(ScheInferError):
 
 class ExecutionError(RuntimeError, ScheInferError):
     """A task failed while it ran; the message names the task."""
+
+
+class KernelError(ScheInferError):
+    """The native CPU kernel was asked for and cannot be used."""

@@ -23,8 +23,8 @@ _ISA = {
     "SVE": "sve",
     "BF16": "bf16",
 }
-_STABLE = ("cpu", "isa", "cores", "threads", "numa_nodes", "ram")
-"""Keys of a fingerprint that a machine keeps from one day to the next."""
+_STABLE = ("cpu", "isa", "cores", "threads", "numa_nodes", "ram", "kernels")
+"""Keys of a fingerprint that a machine keeps from one day to the next, and what computes MLPs on its CPU."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def fingerprint(machine: Machine | None = None) -> dict[str, str]:
 def differences(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     """What tells two fingerprints apart, a text each; empty if they are of one machine.
 
-    Only what both know and a machine keeps counts: CPU, ISA, cores, NUMA, RAM, and any key that starts
-    with ``gpu``.
+    Only what both know and a machine keeps counts: CPU, ISA, cores, NUMA, RAM, the CPU kernels, and any
+    key that starts with ``gpu``.
     """
     keys = [k for k in one if k in other and (k in _STABLE or k.startswith("gpu"))]
     return [f"{key}: {one[key]} there, {other[key]} here" for key in keys if one[key] != other[key]]

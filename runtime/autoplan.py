@@ -10,6 +10,7 @@ from hwmodels.catalog import hardware
 from hwmodels.machine import differences, fingerprint
 from hwmodels.profile import HardwareProfile
 from hwmodels.units import format_bytes
+from runtime import native
 from runtime.budget import default_vram_budget
 from runtime.cache import cached_profile, profile_path
 from runtime.devices import device_name
@@ -92,7 +93,7 @@ def _own_profile(request: Request, progress: bool) -> HardwareProfile:
 def mismatches(profile: HardwareProfile, device: str) -> list[str]:
     """What tells a profile's machine and device from those that will run."""
     kind = device_name(device).partition(":")[0]
-    found = differences(profile.fingerprint, fingerprint())
+    found = differences(profile.fingerprint, {**fingerprint(), "kernels": native.describe()})
     if profile.device != kind:
         found.append(f"device: {profile.device} there, {kind} here")
     return found

@@ -32,6 +32,7 @@ from hwmodels.calibrate import Part, fastest, merged, remarks
 from hwmodels.load import BUSY_SHARE, LoadMeter
 from hwmodels.machine import fingerprint, read_machine
 from hwmodels.profile import RESOURCES, Curve, HardwareProfile, Resource
+from runtime import native
 from runtime.adapter import Adapter
 from runtime.checkpoint import read_config
 from runtime.devices import device_name, open_device
@@ -311,8 +312,7 @@ def _percent(parts: Mapping[str, Part]) -> str:
 
 
 def _software(device: str) -> dict[str, str]:
-    kernels = f"torch linear, {torch.backends.cpu.get_cpu_capability()}"
-    found: dict[str, str] = {"torch": str(torch.__version__), "kernels": kernels}
+    found: dict[str, str] = {"torch": str(torch.__version__), "kernels": native.describe()}
     if device != "emulated":
         index = torch.device(device).index or 0
         gpu = gpus()[index]

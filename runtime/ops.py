@@ -1,4 +1,4 @@
-"""The arithmetic of MLP parts, on whatever device the tensors are.
+"""The arithmetic of MLP parts, on whatever device the tensors are: the native kernel where it can, torch elsewhere.
 
 Letters: S rows (tokens), D model width, C columns of the part.
 """
@@ -11,19 +11,45 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from runtime import native
+from runtime.native import Piece as Piece
+
 Activation = Callable[[Tensor], Tensor]
-Piece = tuple[Tensor, Tensor]
-"""gate_up [2C, D] (gate rows, then up rows) and down [D, C], both contiguous."""
 
 
 def piece_views(flat: Tensor, d_model: int, columns: int) -> Piece:
-    """The two matrices of a piece stored as gate | up | down in 3 * D * C consecutive elements."""
+    """The two matrices of a piece stored as gate | up | down in 3 * D * C consecutive elements.
+
+    gate_up [2C, D] (gate rows, then up rows) and down [D, C], both contiguous.
+    """
     split = 2 * columns * d_model
     return flat[:split].view(2 * columns, d_model), flat[split : split + columns * d_model].view(d_model, columns)
 
 
 def gated_mlp(x_SD: Tensor, pieces: Sequence[Piece], act: Activation) -> Tensor:
     """Sum over pieces of (act(x @ gate.T) * (x @ up.T)) @ down.T: partial output [S, D]."""
+    kernel, code = native.kernel(), native.activation_code(act)
+    if kernel is not None and code is not None and native.takes(x_SD, pieces):
+        return kernel.mlp(x_SD, [(None, None, pieces)], code)
+    return torch_gated_mlp(x_SD, pieces, act)
+
+
+def routed_mlp(
+    x_SD: Tensor,
+    experts: Sequence[tuple[Tensor, Tensor, Sequence[Piece]]],
+    act: Activation,
+) -> Tensor:
+    """Weighted sum over experts, each (rows, weights, pieces): rows index x_SD, one weight each."""
+    kernel, code = native.kernel(), native.activation_code(act)
+    if kernel is not None and code is not None and all(native.takes(x_SD, pieces) for _, _, pieces in experts):
+        # Held in a list: the kernel is given addresses.
+        own = [(rows.contiguous(), weights.to(torch.float32).contiguous(), pieces) for rows, weights, pieces in experts]
+        return kernel.mlp(x_SD, own, code)
+    return torch_routed_mlp(x_SD, experts, act)
+
+
+def torch_gated_mlp(x_SD: Tensor, pieces: Sequence[Piece], act: Activation) -> Tensor:
+    """gated_mlp by torch: values rounded to x's dtype after every step."""
     out: Tensor | None = None
     for gate_up, down in pieces:
         gate, up = linear(x_SD, gate_up).chunk(2, dim=-1)
@@ -33,14 +59,14 @@ def gated_mlp(x_SD: Tensor, pieces: Sequence[Piece], act: Activation) -> Tensor:
     return out
 
 
-def routed_mlp(
+def torch_routed_mlp(
     x_SD: Tensor,
     experts: Sequence[tuple[Tensor, Tensor, Sequence[Piece]]],
     act: Activation,
 ) -> Tensor:
-    """Weighted sum over experts, each (rows, weights, pieces): rows index x_SD, one weight each."""
+    """routed_mlp by torch."""
     out = torch.zeros_like(x_SD)
     for rows, weights, pieces in experts:
-        y = gated_mlp(x_SD[rows], pieces, act).mul_(weights[:, None].to(x_SD.dtype))
+        y = torch_gated_mlp(x_SD[rows], pieces, act).mul_(weights[:, None].to(x_SD.dtype))
         out.index_add_(0, rows, y)
     return out

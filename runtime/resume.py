@@ -16,6 +16,7 @@ from hwmodels.catalog import cache_folder
 from hwmodels.errors import FormatError
 from hwmodels.machine import fingerprint
 from hwmodels.schema import check_header, digest, from_json, read_json, to_json, write_json
+from runtime import native
 from sim.model import ModelSpec
 
 SCHEMA = "scheinfer.calibration-part"
@@ -31,7 +32,8 @@ def measurement_key(spec: ModelSpec, device: str, cpu_threads: int | None, exten
     machine = {k: fingerprint().get(k, "") for k in ("cpu", "cores")}
     gpu = torch.cuda.get_device_name(device) if device != "emulated" else ""
     cores = sorted(os.sched_getaffinity(0))
-    return digest([machine, gpu, device, torch.__version__, spec.id, cpu_threads, cores, extent])
+    versions = [torch.__version__, native.describe()]
+    return digest([machine, gpu, device, versions, spec.id, cpu_threads, cores, extent])
 
 
 @dataclass(frozen=True)

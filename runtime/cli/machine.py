@@ -26,6 +26,7 @@ from sim.shapes import SOURCES, shapes
 def doctor(flags: Namespace) -> None:
     """What this machine is, and what limits the product on it."""
     from hwmodels.provenance import versions
+    from runtime import native
     from runtime.gpu import gpu_findings, gpus
 
     machine, devices = read_machine(), gpus()
@@ -37,13 +38,14 @@ def doctor(flags: Namespace) -> None:
         _fact("RAM", f"{format_bytes(machine.ram_bytes)}, {format_bytes(machine.free_bytes)} free"),
         _fact("memlock", "unlimited" if machine.memlock_bytes is None else format_bytes(machine.memlock_bytes)),
     ]
+    rows.append(_fact("CPU kernel", native.describe()))
     for index, gpu in enumerate(devices):
         memory = f"{format_bytes(gpu.vram_bytes)}, {format_bytes(gpu.free_bytes)} free"
         rows.append(_fact(f"cuda:{index}", f"{gpu.name}, compute capability {gpu.capability}, {memory}"))
         rows.append(_fact(f"cuda:{index} link", gpu.link))
         rows.append(_fact(f"cuda:{index} driver", gpu.driver or "unknown"))
     rows += [_fact(name, version) for name, version in versions().items()]
-    limits = [_limit(finding) for finding in [*findings(machine), *gpu_findings(devices)]]
+    limits = [_limit(finding) for finding in [*findings(machine), *native.kernel_findings(), *gpu_findings(devices)]]
     if flags.output != "md":
         emit(flags, [*rows, *limits], ())
         return

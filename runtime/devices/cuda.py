@@ -18,6 +18,7 @@ import torch
 
 from hwmodels.errors import ExecutionError, PlanError
 from hwmodels.units import format_bytes
+from runtime import native
 from runtime.clock import now_ns
 from runtime.devices.base import Arena, Body, CopyPair, DeviceKind, Mark, Ticket, WorkerQueue, failure, give_up
 from sim.graph import Task
@@ -294,6 +295,7 @@ class CudaDevice:
         self._closed = True
         self.forget()
         self._cpu.close()
+        native.end_workers()
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         for address, _ in self._registered:
             runtime.cudaHostUnregister(address)

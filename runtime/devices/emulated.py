@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from hwmodels.errors import ExecutionError
+from runtime import native
 from runtime.clock import now_ns
 from runtime.devices.base import Arena, Body, CopyPair, DeviceKind, Mark, Ticket, WorkerQueue, failure, give_up
 from sim.graph import Task
@@ -213,5 +214,6 @@ class EmulatedDevice:
         queues, self._queues = self._queues, {}
         for queue in queues.values():
             queue.close()
+        native.end_workers()
         self._tickets.clear()
         self._staging.clear()

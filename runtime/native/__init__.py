@@ -1,0 +1,191 @@
+"""The native CPU kernel: gated MLPs and experts at the speed of memory, and whether it is there.
+
+Compiled when the package is installed (hatch_build.py). SCHEINFER_KERNEL says what computes on the CPU:
+`auto` (the default) takes the native kernel for what it can compute and torch for the rest, `native` insists
+that it is there, `torch` never uses it. Sums are float32; between the two matrix products of an MLP the
+values are float32, or bfloat16 on CPUs that multiply bfloat16, where torch rounds to the weights' dtype three
+times. A result depends neither on the number of threads nor on the other rows of the batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hwmodels.errors import ExecutionError, KernelError
+from hwmodels.machine import Finding
+
+LIBRARY = Path(__file__).with_name("libscheinfer.so")
+ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16")
+"""Instruction sets that the kernel is compiled for, the best last; AMX is not among them."""
+CHOICES = ("auto", "native", "torch")
+_INTERFACE = 1
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SILU, _GELU_TANH, _GELU_ERF = range(3)
+_ACTIVATIONS = {
+    "SiLU": _SILU,
+    "SiLUActivation": _SILU,
+    "GELUTanh": _GELU_TANH,
+    "PytorchGELUTanh": _GELU_TANH,
+    "NewGELUActivation": _GELU_TANH,
+    "GELUActivation": _GELU_ERF,
+}
+Piece = tuple[Tensor, Tensor]
+Expert = tuple[Tensor | None, Tensor | None, Sequence[Piece]]
+"""Row numbers (all rows if None), a weight for each (ones if None), pieces of columns."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A loaded library and the instruction sets that this CPU and it have."""
+
+    library: ctypes.CDLL
+    isas: tuple[str, ...]
+
+    @property
+    def isa(self) -> str:
+        """The best instruction set."""
+        return self.isas[-1]
+
+    def mlp(self, x_SD: Tensor, experts: Iterable[Expert], act: int, isa: str | None = None) -> Tensor:
+        """Sum over experts of their gated MLPs for their rows of x_SD, on torch's number of threads.
+
+        All tensors contiguous, on the CPU and of x's dtype but for rows (int64) and weights (float32).
+        ExecutionError if memory runs out.
+        """
+        x_SD, y_SD = x_SD.contiguous(), torch.empty_like(x_SD, memory_format=torch.contiguous_format)
+        words, n_experts = array("q"), 0
+        for rows, weights, pieces in experts:
+            n_rows = x_SD.shape[0] if rows is None else rows.shape[0]
+            words.extend((_address(rows), _address(weights), n_rows, len(pieces)))
+            for gate_up, down in pieces:
+                words.extend((gate_up.data_ptr(), down.data_ptr(), down.shape[1]))
+            n_experts += 1
+        failed = self.library.scheinfer_mlp(
+            x_SD.data_ptr(),
+            y_SD.data_ptr(),
+            *x_SD.shape,
+            _DTYPES[x_SD.dtype],
+            act,
+            ISAS.index(isa or self.isa),
+            torch.get_num_threads(),
+            n_experts,
+            words.buffer_info()[0],
+        )
+        if failed:
+            raise ExecutionError(f"native kernel: {('no memory', 'no such instruction set')[failed - 1]}")
+        return y_SD
+
+    def end_workers(self) -> None:
+        """End the threads that compute for the calling thread; its next call starts new ones."""
+        self.library.scheinfer_end_workers()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def load(path: Path) -> Kernel:
+    """Load a library. KernelError if it is missing, damaged or made from other sources."""
+    try:
+        library = ctypes.CDLL(str(path))
+        interface = library.scheinfer_interface()
+    except (OSError, AttributeError) as error:
+        raise KernelError(f"the native kernel is not there ({error}); install a C++ compiler and reinstall") from error
+    if interface != _INTERFACE:
+        raise KernelError(f"{path} has interface {interface}, expected {_INTERFACE}; reinstall the package")
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.scheinfer_mlp.argtypes = [pointer, pointer, number, number, *[ctypes.c_int] * 4, number, pointer]
+    isas = tuple(name for i, name in enumerate(ISAS) if library.scheinfer_has(i))
+    return Kernel(library, isas)
+
+
+def choice() -> str:
+    """What SCHEINFER_KERNEL says. KernelError if it is none of CHOICES."""
+    found = os.environ.get("SCHEINFER_KERNEL") or "auto"
+    if found not in CHOICES:
+        raise KernelError(f"SCHEINFER_KERNEL={found!r}; choose one of {', '.join(CHOICES)}")
+    return found
+
+
+@cache
+def installed() -> Kernel | KernelError:
+    """The kernel that came with the package, or why there is none."""
+    try:
+        return load(LIBRARY)
+    except KernelError as error:
+        return error
+
+
+def kernel() -> Kernel | None:
+    """The kernel that SCHEINFER_KERNEL allows; None where torch computes. KernelError if it insists in vain."""
+    wanted = choice()
+    found = None if wanted == "torch" else installed()
+    if isinstance(found, KernelError):
+        if wanted == "native":
+            raise found
+        return None
+    return found
+
+
+def describe() -> str:
+    """What computes MLPs on the CPU, for fingerprints: equal texts mean equal kernels."""
+    found = kernel()
+    torch_isa = torch.backends.cpu.get_cpu_capability()
+    return f"torch linear, {torch_isa}" if found is None else f"native {_INTERFACE}, {found.isa}"
+
+
+def why_not() -> str:
+    """Why the native kernel is not used; empty where it is."""
+    if choice() == "torch":
+        return "SCHEINFER_KERNEL=torch"
+    found = installed()
+    return str(found) if isinstance(found, KernelError) else ""
+
+
+def kernel_findings() -> list[Finding]:
+    """What it costs that torch computes on the CPU, if it does."""
+    reason = why_not()
+    if not reason or choice() == "torch":
+        return []
+    limit = f"Torch computes MLPs on the CPU, at a third to three quarters of the native kernel's speed: {reason}"
+    return [
+        Finding("kernel", limit, "Install g++ and reinstall scheinfer, or run `python hatch_build.py` in its source")
+    ]
+
+
+def activation_code(act: object) -> int | None:
+    """The kernel's number of an activation, a function or a module; None if it has none."""
+    if act is functional.silu:
+        return _SILU
+    if act is functional.gelu:
+        return _GELU_ERF
+    if isinstance(act, nn.GELU):
+        return _GELU_TANH if act.approximate == "tanh" else _GELU_ERF
+    return _ACTIVATIONS.get(type(act).__name__)
+
+
+def takes(x_SD: Tensor, pieces: Sequence[Piece]) -> bool:
+    """Whether the kernel computes these tensors: on the CPU, of one dtype that it knows, without gaps."""
+    dtype = x_SD.dtype
+    if x_SD.device.type != "cpu" or dtype not in _DTYPES or (x_SD.requires_grad and torch.is_grad_enabled()):
+        return False
+    return all(
+        gate_up.dtype == dtype and down.dtype == dtype and gate_up.is_contiguous() and down.is_contiguous()
+        for gate_up, down in pieces
+    )
+
+
+def end_workers() -> None:
+    """End the calling thread's workers, if the kernel was ever loaded."""
+    if installed.cache_info().currsize and isinstance(found := installed(), Kernel):
+        found.end_workers()

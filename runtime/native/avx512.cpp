@@ -1,0 +1,12 @@
+// AVX-512F: sixteen floats.
+#include "avx512.h"
+
+namespace scheinfer {
+
+const Kernels* avx512_kernels(int dtype) {
+  if (dtype == BF16) return kernels_of<Avx512<Bf16>>();
+  if (dtype == F16) return kernels_of<Avx512<F16bits>>();
+  return kernels_of<Avx512<float>>();
+}
+
+}  // namespace scheinfer

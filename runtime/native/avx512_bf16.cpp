@@ -1,0 +1,30 @@
+// AVX-512 with bfloat16: 32 products at once, so activations are bfloat16, too. Other dtypes are AVX-512's.
+#include "avx512.h"
+
+namespace scheinfer {
+namespace {
+
+struct Pairs {
+  using Weight = Bf16;
+  using Input = Bf16;
+  using Widened = Pairs;
+  using W = __m512bh;
+  using X = __m512bh;
+  using Sum = __m512;
+  static constexpr int STEP = 32, TOKENS = 6;
+  static constexpr int64_t BLOCK = 2048;
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static W load_weights(const Weight* p) { return reinterpret_cast<W>(_mm512_loadu_si512(p)); }
+  static X load_input(const Input* p) { return reinterpret_cast<X>(_mm512_loadu_si512(p)); }
+  static Sum add(Sum sum, W w, X x) { return _mm512_dpbf16_ps(sum, w, x); }
+  template <int R>
+  static void totals(const Sum* sum, float* out) {
+    add_up<R>(sum, out);
+  }
+};
+
+}  // namespace
+
+const Kernels* avx512_bf16_kernels(int dtype) { return dtype == BF16 ? kernels_of<Pairs>() : avx512_kernels(dtype); }
+
+}  // namespace scheinfer

@@ -1,0 +1,44 @@
+// What the parts of the native kernel share: one set of functions per instruction set, and the thread pool.
+//
+// Letters: S rows (tokens) of x, D model width, C columns of a piece, K length of a dot product.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace scheinfer {
+
+enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
+enum Act : int { SILU = 0, GELU_TANH = 1, GELU_ERF = 2 };
+enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, N_ISA = 4 };
+
+constexpr int ROWS = 4;      // rows of W that a tile takes at once; work is cut at multiples of it
+constexpr int PAD = 32;      // activations are padded with zeros to a multiple of it
+constexpr int SCRATCH = ROWS * 1024;  // floats that dots() may use to widen weights
+
+// Activations lie in rows of float, or of bfloat16 where the instruction set multiplies pairs of it.
+struct Kernels {
+  // out[t * out_stride + r] = sum over k of w[r][k] * x[t][k]; w has rows of K weights without gaps.
+  void (*dots)(const void* w, int64_t rows, int64_t K, const void* const* x, int64_t tokens, float* out,
+               int64_t out_stride, float* scratch);
+  // One row of activations, n values and zeros up to a multiple of PAD, from weights' dtype.
+  void (*load_row)(const void* from, int64_t n, void* to);
+  // to[i] = act(gate[i]) * up[i], as activations.
+  void (*activate)(const float* gate, const float* up, int64_t n, int act, void* to);
+  void (*store_row)(const float* from, int64_t n, void* to);
+  int activation_bytes;
+};
+
+// Functions of an instruction set for a dtype of weights; null where they were not compiled.
+const Kernels* portable_kernels(int dtype);
+const Kernels* avx2_kernels(int dtype);
+const Kernels* avx512_kernels(int dtype);
+const Kernels* avx512_bf16_kernels(int dtype);
+
+// Calls work(context, i) for i = 0..n_items-1 on n_threads threads, the caller one of them; returns when all are done.
+void parallel(int n_threads, int64_t n_items, void (*work)(void* context, int64_t item), void* context);
+
+// Ends the calling thread's workers.
+void end_workers();
+
+}  // namespace scheinfer

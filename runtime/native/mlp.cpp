@@ -1,0 +1,234 @@
+// One call: the parts of a layer's MLPs or experts that the CPU computes, for all rows at once.
+//
+//   h[t][c] = act(x[t] . gate[c]) * (x[t] . up[c])          for every piece, columns shared out between threads
+//   y[row(t)][d] += weight(t) * (h[t] . down[d])            rows of down shared out; experts in the order given
+//
+// Sums are float32 from weights to y, which is rounded once. Activations h are float32, or bfloat16 where the CPU
+// multiplies bfloat16.
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "kernel.h"
+
+namespace scheinfer {
+namespace {
+
+constexpr int64_t TOKENS_AT_ONCE = 120;  // whose activations of one block of K fit into the second cache
+constexpr int64_t MOST_ROWS = 64;        // of W in one item of work
+
+struct Aligned {
+  char* data = nullptr;
+  size_t size = 0;
+  ~Aligned() { free(data); }
+  char* at_least(size_t n) {
+    if (n > size) {
+      free(data);
+      data = static_cast<char*>(aligned_alloc(4096, (n + 4095) / 4096 * 4096));
+      size = data ? n : 0;
+      if (!data) throw std::bad_alloc();
+    }
+    return data;
+  }
+};
+
+struct Piece {
+  const char *gate, *up, *down;
+  int64_t columns;
+  char* h;
+  int64_t stride;  // bytes between rows of h
+};
+
+struct Expert {
+  const int64_t* rows;   // null: all rows in order
+  const float* weights;  // null: ones
+  int64_t n_rows;
+  std::vector<Piece> pieces;
+  std::vector<const void*> x;
+};
+
+struct Item {
+  const Expert* expert;
+  const Piece* piece;
+  int64_t first, last;
+};
+
+struct Call {
+  const Kernels* k;
+  int64_t D, S, weight_bytes, rows_at_once;
+  int act;
+  char* y;
+  float* sums;  // [S, D]
+  std::vector<Expert> experts;
+  std::vector<Item> items;
+};
+
+struct Memory {  // of a calling thread, kept for its next call
+  Aligned x, h, sums;
+};
+
+int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Rows of activations end in zeros, and begin where no two of them share a set of the cache.
+int64_t stride_of(int64_t n, int64_t bytes) { return up_to(n, PAD) * bytes + 64; }
+
+struct Scratch {
+  float one[MOST_ROWS * TOKENS_AT_ONCE], other[MOST_ROWS * TOKENS_AT_ONCE], wide[SCRATCH];
+};
+Scratch& scratch() {
+  static thread_local Scratch own;
+  return own;
+}
+
+void gate_and_up(void* context, int64_t index) {
+  const Call& call = *static_cast<const Call*>(context);
+  const Item& item = call.items[size_t(index)];
+  const Piece& piece = *item.piece;
+  Scratch& s = scratch();
+  const int64_t n = item.last - item.first, row_bytes = call.D * call.weight_bytes;
+  const int64_t size = call.k->activation_bytes, end = item.last == piece.columns ? up_to(item.last, PAD) : item.last;
+  for (int64_t t0 = 0; t0 < item.expert->n_rows; t0 += TOKENS_AT_ONCE) {
+    const int64_t left = item.expert->n_rows - t0, tokens = left < TOKENS_AT_ONCE ? left : TOKENS_AT_ONCE;
+    const void* const* x = item.expert->x.data() + t0;
+    call.k->dots(piece.gate + item.first * row_bytes, n, call.D, x, tokens, s.one, MOST_ROWS, s.wide);
+    call.k->dots(piece.up + item.first * row_bytes, n, call.D, x, tokens, s.other, MOST_ROWS, s.wide);
+    for (int64_t t = 0; t < tokens; t++) {
+      char* to = piece.h + (t0 + t) * piece.stride + item.first * size;
+      call.k->activate(s.one + t * MOST_ROWS, s.other + t * MOST_ROWS, n, call.act, to);
+      for (char* p = to + n * size; p < to + (end - item.first) * size; p++) *p = 0;
+    }
+  }
+}
+
+void add_down(const Call& call, const Expert& expert, const Piece& piece, int64_t first, int64_t n) {
+  Scratch& s = scratch();
+  const char* down = piece.down + first * piece.columns * call.weight_bytes;
+  for (int64_t t0 = 0; t0 < expert.n_rows; t0 += TOKENS_AT_ONCE) {
+    const int64_t left = expert.n_rows - t0, tokens = left < TOKENS_AT_ONCE ? left : TOKENS_AT_ONCE;
+    const void* h[TOKENS_AT_ONCE];
+    for (int64_t t = 0; t < tokens; t++) h[t] = piece.h + (t0 + t) * piece.stride;
+    call.k->dots(down, n, piece.columns, h, tokens, s.one, MOST_ROWS, s.wide);
+    for (int64_t t = 0; t < tokens; t++) {
+      float* sum = call.sums + (expert.rows ? expert.rows[t0 + t] : t0 + t) * call.D + first;
+      const float weight = expert.weights ? expert.weights[t0 + t] : 1.0f, *part = s.one + t * MOST_ROWS;
+      for (int64_t i = 0; i < n; i++) sum[i] += weight * part[i];
+    }
+  }
+}
+
+void down(void* context, int64_t index) {
+  const Call& call = *static_cast<const Call*>(context);
+  const int64_t first = index * call.rows_at_once, left = call.D - first;
+  const int64_t n = left < call.rows_at_once ? left : call.rows_at_once;
+  for (int64_t s = 0; s < call.S; s++)
+    for (int64_t i = 0; i < n; i++) call.sums[s * call.D + first + i] = 0.0f;
+  for (const Expert& expert : call.experts)
+    for (const Piece& piece : expert.pieces) add_down(call, expert, piece, first, n);
+  for (int64_t s = 0; s < call.S; s++)
+    call.k->store_row(call.sums + s * call.D + first, n, call.y + (s * call.D + first) * call.weight_bytes);
+}
+
+// Experts as Python lays them down: rows, weights, n_rows, n_pieces, then gate_up, down, columns of each piece.
+void read_experts(Call& call, const int64_t* words, int64_t n_experts, const char* x, int64_t x_stride) {
+  call.experts.resize(size_t(n_experts));
+  for (Expert& expert : call.experts) {
+    expert.rows = reinterpret_cast<const int64_t*>(words[0]);
+    expert.weights = reinterpret_cast<const float*>(words[1]);
+    expert.n_rows = words[2];
+    expert.pieces.resize(size_t(words[3]));
+    words += 4;
+    for (Piece& piece : expert.pieces) {
+      piece.columns = words[2];
+      piece.gate = reinterpret_cast<const char*>(words[0]);
+      piece.up = piece.gate + piece.columns * call.D * call.weight_bytes;
+      piece.down = reinterpret_cast<const char*>(words[1]);
+      words += 3;
+    }
+    for (int64_t t = 0; t < expert.n_rows; t++) expert.x.push_back(x + (expert.rows ? expert.rows[t] : t) * x_stride);
+  }
+}
+
+void share_out(Call& call, Memory& memory, int n_threads) {
+  size_t total = 0;
+  int64_t n_columns = 0;
+  for (const Expert& expert : call.experts)
+    for (const Piece& piece : expert.pieces) n_columns += piece.columns;
+  const auto at_once = [n_threads](int64_t n) {
+    const int64_t share = up_to(n / (8 * n_threads) + 1, ROWS);
+    return share < MOST_ROWS ? share : MOST_ROWS;
+  };
+  for (Expert& expert : call.experts)
+    for (Piece& piece : expert.pieces) {
+      piece.stride = stride_of(piece.columns, call.k->activation_bytes);
+      total += size_t(piece.stride * expert.n_rows);
+      const int64_t most = at_once(n_columns);
+      for (int64_t first = 0; first < piece.columns; first += most) {
+        const int64_t last = first + most < piece.columns ? first + most : piece.columns;
+        call.items.push_back({&expert, &piece, first, last});
+      }
+    }
+  char* h = memory.h.at_least(total);
+  for (Expert& expert : call.experts)
+    for (Piece& piece : expert.pieces) piece.h = h, h += piece.stride * expert.n_rows;
+  call.rows_at_once = at_once(call.D);
+}
+
+const Kernels* kernels(int isa, int dtype) {
+#if defined(__x86_64__)
+  if (isa == AVX512_BF16) return avx512_bf16_kernels(dtype);
+  if (isa == AVX512) return avx512_kernels(dtype);
+  if (isa == AVX2) return avx2_kernels(dtype);
+#endif
+  return isa == PORTABLE ? portable_kernels(dtype) : nullptr;
+}
+
+}  // namespace
+}  // namespace scheinfer
+
+using namespace scheinfer;
+
+extern "C" {
+
+// Counts changes of this interface: a library of other sources is not used.
+int scheinfer_interface() { return 1; }
+
+// Whether this CPU has an instruction set.
+int scheinfer_has(int isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (isa == AVX2) return avx2;
+  if (isa == AVX512) return avx512;
+  if (isa == AVX512_BF16) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return isa == PORTABLE;
+}
+
+// y [S, D] = sum over experts; x and y have the weights' dtype. 0, or 1 without memory, 2 without that instruction set.
+int scheinfer_mlp(const void* x, void* y, int64_t S, int64_t D, int dtype, int act, int isa, int n_threads,
+                  int64_t n_experts, const int64_t* experts) {
+  static thread_local Memory memory;
+  try {
+    const Kernels* k = kernels(isa, dtype);
+    if (!k || !scheinfer_has(isa)) return 2;
+    const int64_t weight_bytes = dtype == F32 ? 4 : 2, stride = stride_of(D, k->activation_bytes);
+    char* rows = memory.x.at_least(size_t(S * stride));
+    for (int64_t s = 0; s < S; s++)
+      k->load_row(static_cast<const char*>(x) + s * D * weight_bytes, D, rows + s * stride);
+    Call call{k, D, S, weight_bytes, MOST_ROWS, act, static_cast<char*>(y), nullptr, {}, {}};
+    call.sums = reinterpret_cast<float*>(memory.sums.at_least(size_t(S * D) * sizeof(float)));
+    read_experts(call, experts, n_experts, rows, stride);
+    share_out(call, memory, n_threads);
+    parallel(n_threads, int64_t(call.items.size()), gate_and_up, &call);
+    parallel(n_threads, (D + call.rows_at_once - 1) / call.rows_at_once, down, &call);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// Ends the calling thread's workers; its next call starts new ones.
+void scheinfer_end_workers() { end_workers(); }
+}
