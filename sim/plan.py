@@ -25,6 +25,7 @@ VERSION = 1
 
 Place = Literal["CPU", "GPU"]
 CacheScope = Literal["layer", "model"]
+CacheRule = Literal["lru", "score"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class ExpertCache:
     """
 
     scope: CacheScope
-    rule: Literal["lru", "score"]
+    rule: CacheRule
     n_slots: int
     first: tuple[tuple[int, int], ...]
     n_spare: int = 0

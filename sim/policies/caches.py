@@ -8,6 +8,7 @@ from dataclasses import replace
 from hwmodels.errors import PlanError
 from hwmodels.work import copy
 from sim.memory import memory
+from sim.model import ModelSpec
 from sim.placement import popularity_ranks
 from sim.plan import Balance, CacheScope, ExpertCache, LayerPartition, Plan, Tier
 from sim.policies.problem import Problem
@@ -23,13 +24,16 @@ def need_experts(problem: Problem, policy: str) -> None:
         raise PlanError(f"{policy} caches experts, {problem.spec.name} has none; use --policy scheinfer or auto")
 
 
+def on_host(spec: ModelSpec) -> list[LayerPartition]:
+    """All experts in host memory, all else on the device."""
+    return [
+        LayerPartition("GPU", (0,) * la.ffn.n_experts if la.ffn.is_moe else (la.ffn.columns,)) for la in spec.layers
+    ]
+
+
 def largest_cache(problem: Problem, policy: str, tiers: Sequence[Tier], cache_of: CacheOf) -> Plan:
     """Experts in host memory, all else on the device, and the largest cache that fits; PlanError if no slot does."""
-    layers = [
-        LayerPartition("GPU", (0,) * la.ffn.n_experts if la.ffn.is_moe else (la.ffn.columns,))
-        for la in problem.spec.layers
-    ]
-    bare = problem.plan(policy, layers, tiers, pinned=True)
+    bare = problem.plan(policy, on_host(problem.spec), tiers, pinned=True)
     one, two = (replace(bare, cache=cache_of(n)) for n in (1, 2))
     need, more = memory(problem.spec, one).vram_bytes, memory(problem.spec, two).vram_bytes
     n_slots = 1 + max(0, problem.vram_budget_bytes - need) // (more - need)
