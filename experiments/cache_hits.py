@@ -153,7 +153,7 @@ def figure(table: pd.DataFrame) -> Chart:
     """Hit rates over skew, a panel per model, with a quarter of the experts cached."""
     quarter = table[table["cached_share"] == table["cached_share"].min()]
     models = list(dict.fromkeys(quarter["model"]))
-    drawn, _ = chart(2.6 * len(models), 2.6)
+    drawn, _ = chart(2.4 * len(models) + 1.8, 2.6)
     drawn.clear()
     for number, model in enumerate(models, start=1):
         axes = drawn.add_subplot(1, len(models), number)
@@ -168,7 +168,7 @@ def figure(table: pd.DataFrame) -> Chart:
         if number == 1:
             axes.set_ylabel("hits, % of uses")
         if number == len(models):
-            axes.legend(loc="lower right")
+            drawn.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     return drawn
 
 
