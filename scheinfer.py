@@ -19,6 +19,7 @@ from hwmodels.errors import (
     ExecutionError,
     FormatError,
     GraphError,
+    KernelError,
     ModelError,
     PlanError,
     ProfileError,
@@ -45,6 +46,7 @@ __all__ = [
     "ExecutionError",
     "FormatError",
     "GraphError",
+    "KernelError",
     "ModelError",
     "PlanError",
     "ProfileError",
@@ -99,12 +101,12 @@ def plan(
     batch: int = 1,
     n_depth: int = 0,
     seed: int = 0,
-    skew: float = 0.0,
+    skew: float | tuple[float, ...] = 0.0,
 ) -> Plan:
     """The plan that a policy makes for a workload; PlanError if nothing fits.
 
     vram_budget is a size such as "8GiB" or bytes (None: all that the profile has); skew is the Zipf
-    exponent of expert popularity that routing is sampled with.
+    exponent of expert popularity that routing is sampled with, or several that layers take in turn.
     """
     from hwmodels.units import parse_size
     from sim import planner
@@ -126,7 +128,7 @@ def simulate(
     batch: int | None = None,
     n_depth: int = 0,
     seed: int = 0,
-    skew: float = 0.0,
+    skew: float | tuple[float, ...] = 0.0,
     routing: RoutingTrace | None = None,
     contention: bool = True,
 ) -> Timeline:

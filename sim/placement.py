@@ -47,7 +47,7 @@ def _ranks(n_experts: int, skew: float, seed: int, layer: int) -> NDArray[np.int
 
 def popularity_ranks(spec: ModelSpec, workload: Workload, layer: int) -> NDArray[np.int64]:
     """Rank of each expert of a layer, 0 for the one that attracts most tokens, the first of equals first."""
-    return _ranks(spec.layers[layer].ffn.n_experts, workload.skew, workload.seed, layer)
+    return _ranks(spec.layers[layer].ffn.n_experts, workload.skew_of(layer), workload.seed, layer)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def _given(point: Point) -> Row:
         "n_depth": point.workload.n_depth,
         "batch": point.workload.batch,
         "seed": point.workload.seed,
-        "skew": point.workload.skew,
+        "skew": point.workload.skews[0],
     }
 
 

@@ -26,7 +26,8 @@ _KEYS_AT_ONCE = 1 << 22  # bounds the memory of sampling a long prompt
 class Workload:
     """One generation: prompt, generated tokens, sequences at once, tokens already in the cache.
 
-    skew is the Zipf exponent of expert popularity that routing is sampled with (0 is uniform).
+    skew is the Zipf exponent of expert popularity that routing is sampled with (0 is uniform): one for all
+    layers, or several that layers take in turn.
     """
 
     n_prompt: int
@@ -34,14 +35,23 @@ class Workload:
     batch: int = 1
     n_depth: int = 0
     seed: int = 0
-    skew: float = 0.0
+    skew: float | tuple[float, ...] = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (("n_prompt", 1), ("n_gen", 1), ("batch", 1), ("n_depth", 0)):
             if getattr(self, name) < least:
                 raise FormatError(f"{name} is {getattr(self, name)}; expected at least {least}")
-        if not 0.0 <= self.skew < 10.0:
-            raise FormatError(f"skew is {self.skew}; expected a Zipf exponent from 0 to 10")
+        if not self.skews or not all(0.0 <= skew < 10.0 for skew in self.skews):
+            raise FormatError(f"skew is {self.skew}; expected a Zipf exponent from 0 to 10, or several for the layers")
+
+    @property
+    def skews(self) -> tuple[float, ...]:
+        """Zipf exponents that layers take in turn."""
+        return self.skew if isinstance(self.skew, tuple) else (self.skew,)
+
+    def skew_of(self, layer: int) -> float:
+        """Zipf exponent of a layer's expert popularity."""
+        return self.skews[layer % len(self.skews)]
 
     @property
     def n_ctx(self) -> int:
@@ -151,13 +161,16 @@ def sample_routing(spec: ModelSpec, layer: int, step: Step, workload: Workload) 
     ffn = spec.layers[layer].ffn
     if not ffn.is_moe:
         return (step.n_tokens,)
-    return _sample_step(ffn.n_experts, ffn.top_k, spec.n_layers, step, workload.seed, workload.skew)[layer]
+    return _sample_step(ffn.n_experts, ffn.top_k, spec.n_layers, step, workload.seed, workload.skews)[layer]
 
 
 @lru_cache(maxsize=256)
-def _sample_step(n_experts: int, top_k: int, n_layers: int, step: Step, seed: int, skew: float) -> tuple[Routing, ...]:
+def _sample_step(
+    n_experts: int, top_k: int, n_layers: int, step: Step, seed: int, skews: tuple[float, ...]
+) -> tuple[Routing, ...]:
     # All layers at once: setting up a generator costs more than a decode step's draws.
-    shares = np.array([popularity(n_experts, skew, seed, layer) for layer in range(n_layers)], dtype=np.float32)
+    popular = [popularity(n_experts, skews[layer % len(skews)], seed, layer) for layer in range(n_layers)]
+    shares = np.array(popular, dtype=np.float32)
     draw = np.random.default_rng(int.from_bytes(sha256(f"{seed}/{step.name}".encode()).digest()[:8]))
     n_rows = n_layers * step.n_tokens
     block = max(1, _KEYS_AT_ONCE // n_experts)

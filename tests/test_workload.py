@@ -39,6 +39,8 @@ def test_the_cache_must_hold_depth_prompt_and_generation() -> None:
         ({"n_depth": -1}, "n_depth is -1; expected at least 0"),
         ({"skew": -0.5}, "skew is -0.5; expected a Zipf exponent"),
         ({"skew": float("nan")}, "skew is nan"),
+        ({"skew": (1.0, -1.0)}, "expected a Zipf exponent"),
+        ({"skew": ()}, "expected a Zipf exponent"),
     ],
 )
 def test_impossible_workloads_are_refused(change: dict[str, float], message: str) -> None:
@@ -99,6 +101,14 @@ def test_experts_are_chosen_by_popularity() -> None:
     assert sorted(shares, reverse=True) == pytest.approx([12 / 25, 6 / 25, 4 / 25, 3 / 25])
     for n, share in zip(counts, shares, strict=True):
         assert n / n_tokens == pytest.approx(share, abs=0.018)
+
+
+def test_layers_take_exponents_in_turn() -> None:
+    spec, step = moe(n_layers=4, n_experts=8), Step("prefill", 4000, 4000)
+    workload = Workload(4, 4, skew=(0.0, 3.0))
+    most = [max(sample_routing(spec, layer, step, workload)) / 4000 for layer in range(4)]
+    assert most[0] < 0.3 > most[2]  # a quarter each, of two experts per token
+    assert most[1] > 0.9 < most[3]
 
 
 def test_without_skew_all_experts_are_equally_popular() -> None:

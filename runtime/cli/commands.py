@@ -133,7 +133,7 @@ COMMANDS = (
                 o.BATCH, help="sequences at once, comma list or range", parse=values.counts, default=(1,), shown="1"
             ),
             o.SEED,
-            o.SKEW,
+            o.ONE_SKEW,
             o.DTYPE,
             Option(("--workers",), "processes that simulate", values.count, shown="1", metavar="N"),
             Option(("--dask",), "or the address of a Dask scheduler whose workers simulate", metavar="ADDRESS"),

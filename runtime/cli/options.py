@@ -108,7 +108,13 @@ BATCH = Option(("-b", "--batch"), "sequences at once", values.count, 1, metavar=
 REPETITIONS = Option(("-r", "--repetitions"), "measured runs of each row", values.count, 5, metavar="N")
 SEED = Option(("--seed",), "seed of sampling", values.whole, 0, metavar="N")
 SKEW = Option(
-    ("--skew",), "Zipf exponent of expert popularity that routing is sampled with, 0 is uniform", values.number, 0.0
+    ("--skew",),
+    "Zipf exponent of expert popularity that routing is sampled with, 0 is uniform; a comma list: layers take turns",
+    values.numbers,
+    0.0,
+)
+ONE_SKEW = replace(
+    SKEW, help="Zipf exponent of expert popularity that routing is sampled with, 0 is uniform", parse=values.number
 )
 POLICY = Option(("--policy",), "rule that makes the plan: auto, or a name below", metavar="NAME")
 POLICIES = Option(

@@ -69,6 +69,12 @@ def number(text: str) -> float:
     return value
 
 
+def numbers(text: str) -> float | tuple[float, ...]:
+    """A number as `number` reads it, or several as a comma list."""
+    found = tuple(number(item) for item in names(text))
+    return found[0] if len(found) == 1 else found
+
+
 def counts(text: str) -> tuple[int, ...]:
     """Whole numbers above zero: a comma list with ranges `first-last+step` and `first-last*factor`.
 
