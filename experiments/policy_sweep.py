@@ -7,9 +7,9 @@ Every policy on three models that do not fit into the device, three machines who
 beside each other by others, two budgets, 512 prompt and 128 generated tokens, in simulation. A cell is all of that
 but the policy. Times are of a whole generation; baselines are all policies but `scheinfer` and `auto`.
 
-One should see llama-cpp as the best baseline in most cells (15 of 18, ktransformers in the others), `scheinfer` 1.01
-to 1.30 times and `auto` 1.00 to 1.32 times as fast, at 61 to 83 % of the bound, and three cells without a plan of
-`scheinfer`, because attention and KV cache alone pass the budget.
+One should see freetoken as the best baseline in all cells of models with experts (12 of 18) and llama-cpp in the
+others, `scheinfer` 1.01 to 1.30 times and `auto` 1.00 to 1.32 times as fast, at 61 to 83 % of the bound, and three
+cells without a plan of `scheinfer`, because attention and KV cache alone pass the budget.
 """
 
 from __future__ import annotations
