@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hwmodels.errors import PlanError
 from hwmodels.profile import HardwareProfile
@@ -11,12 +11,13 @@ from hwmodels.units import format_bytes, format_seconds
 from hwmodels.work import copy
 from sim.bounds import Bound, bound
 from sim.compile import compile_step
-from sim.memory import check_memory, memory
+from sim.memory import memory
 from sim.model import ModelSpec
-from sim.plan import Plan, Prediction, Tier, check_plan
+from sim.plan import Plan, Prediction, Tier
 from sim.policies import POLICIES
-from sim.policies import policy as policy_named
-from sim.policies.problem import total_s
+from sim.policies import decide as decision_of
+from sim.policies.decision import Decision
+from sim.policies.problem import Problem, total_s
 from sim.simulate import forecast, representative, routing_of, simulate
 from sim.timeline import Timeline
 from sim.workload import Step, Workload
@@ -29,10 +30,15 @@ def plan(
 
     Raises PlanError for a policy that is not known, and if no plan of it fits the budget or the host.
     """
-    made = policy_named(policy)(spec, profile, vram_budget_bytes, workload)
-    check_plan(made, spec)
-    check_memory(spec, made, profile.host_bytes)
-    return made.with_prediction(_prediction(spec, made, profile, workload))
+    return decide(Problem(spec, profile, vram_budget_bytes, workload), policy).plan
+
+
+def decide(problem: Problem, policy: str = "auto") -> Decision:
+    """The same, with what became of the candidates where the policy searched."""
+    decision = decision_of(policy, problem)
+    made = problem.checked(decision.plan)
+    predicted = _prediction(problem.spec, made, problem.profile, problem.workload)
+    return replace(decision, plan=made.with_prediction(predicted))
 
 
 def _prediction(spec: ModelSpec, made: Plan, profile: HardwareProfile, workload: Workload) -> Prediction:

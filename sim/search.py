@@ -5,8 +5,8 @@
 2.  Contention only stretches tasks, and every queue keeps its order, so that no end comes earlier: the time
     without contention is a lower bound of the time with it.
 3.  Candidates are simulated by the reference engine, the most promising first, until `most_simulated`; those
-    whose bound is not below the best simulated time are pruned. `n_left` counts the rest: at zero the plan is
-    proven the best of the space.
+    whose bound is not below the best simulated time are pruned. The rest is left: if there is none, the plan is
+    proven the best of the candidates, else the least bound of those left says how much better one could be.
 
 Large spaces are searched in steps first and finely around the best afterwards.
 """
@@ -14,8 +14,9 @@ Large spaces are searched in steps first and finely around the best afterwards.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,19 +37,62 @@ _EQUAL = 1 - 1e-9  # times that differ by less differ by rounding
 
 
 @dataclass(frozen=True)
-class Found:
-    """The best plan of a search, its seconds by the reference engine, and what happened to all candidates.
+class Certificate:
+    """What became of all candidates of a search, held against a plan of total_s seconds.
 
-    winners are the best plans after each of the spaces searched; the last of them is plan.
+    n_pruned      cannot be faster: their bounds are not below total_s, or they decide as one that was simulated
+    n_left        were not simulated and have bounds below total_s; at 0 the plan is proven the best of all
+    least_left_s  the least bound of those left; total_s if none is
     """
 
-    plan: Plan
-    winners: tuple[Plan, ...]
     total_s: float
     n_candidates: int
     n_pruned: int
     n_simulated: int
     n_left: int
+    least_left_s: float
+
+    @property
+    def gap(self) -> float:
+        """The share of its time that a candidate left could save at most; 0 if the plan is proven the best."""
+        return 1 - self.least_left_s / self.total_s
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The best plan so far, and the branch that it is of."""
+
+    plan: Plan
+    branch: Branch = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best plan of a search, its seconds by the reference engine, and what happened to all candidates.
+
+    winners        the best after each of the spaces searched, the last of them is plan
+    left_bounds_s  bounds below total_s of the candidates that were not simulated
+    """
+
+    plan: Plan
+    winners: tuple[Winner, ...]
+    total_s: float
+    n_candidates: int
+    n_simulated: int
+    left_bounds_s: Seconds = field(repr=False, compare=False)
+
+    @property
+    def certificate(self) -> Certificate:
+        """What became of the candidates."""
+        return self.against(self.total_s, 0)
+
+    def against(self, total_s: float, n_others: int) -> Certificate:
+        """The same where n_others more plans were simulated, the best of which takes total_s."""
+        best_s = min(total_s, self.total_s)
+        left = self.left_bounds_s[self.left_bounds_s < best_s * _EQUAL]
+        n_candidates, n_simulated = self.n_candidates + n_others, self.n_simulated + n_others
+        n_pruned, least_s = n_candidates - n_simulated - len(left), float(left.min(initial=best_s))
+        return Certificate(best_s, n_candidates, n_pruned, n_simulated, len(left), least_s)
 
 
 @dataclass(frozen=True)
@@ -76,7 +120,6 @@ def search(
     for space in spaces:
         run.consider(space)
         run.simulate(most_simulated)
-        run.winners += [run.best] if run.best is not None else []
     return run.found()
 
 
@@ -91,8 +134,7 @@ class _Search:
         self.promising: list[_Candidate] = []
         self.simulated: set[str] = set()
         self.best_s = math.inf
-        self.best: Plan | None = None
-        self.winners: list[Plan] = []
+        self.winners: list[Winner] = []
 
     def consider(self, space: Space) -> None:
         """Time all candidates of a space: in steps, then finely around the best."""
@@ -122,7 +164,7 @@ class _Search:
 
     def simulate(self, most: int) -> None:
         """Simulate the most promising candidates, at most so many, that may beat the best so far."""
-        n_before = len(self.simulated)
+        n_before, best = len(self.simulated), None
         for candidate in sorted(self.promising, key=lambda c: c.estimate_s):
             if candidate.bound_s >= self.best_s * _EQUAL:
                 continue
@@ -134,17 +176,27 @@ class _Search:
             self.simulated.add(plan.id)
             seconds = self.reference.total_s(plan)
             if seconds < self.best_s * _EQUAL:
-                self.best_s, self.best = seconds, plan
+                self.best_s, best = seconds, Winner(plan, candidate.branch)
+        self.winners += [best] if best is not None else []
 
     def found(self) -> Found:
         """The best plan, checked, and the counts."""
-        if self.best is None:
+        if not self.winners:
             raise self.problem.none_fits(self.policy)
-        bounds, n_simulated = np.concatenate(self.bounds), len(self.simulated)
-        n_left = max(0, int((bounds < self.best_s * _EQUAL).sum()) - n_simulated)
-        n_pruned = len(bounds) - n_left - n_simulated
-        plan, winners = self.problem.checked(self.best), tuple(dict.fromkeys(self.winners))
-        return Found(plan, winners, self.best_s, len(bounds), n_pruned, n_simulated, n_left)
+        plan = self.problem.checked(self.winners[-1].plan)
+        n_candidates = sum(len(bounds) for bounds in self.bounds)
+        return Found(plan, tuple(self.winners), self.best_s, n_candidates, len(self.simulated), self._left_bounds_s())
+
+    def _left_bounds_s(self) -> Seconds:
+        """Bounds below the best time, but for those of candidates that decide as one that was simulated."""
+        bounds = np.concatenate(self.bounds)
+        below = Counter(bounds[bounds < self.best_s * _EQUAL].tolist())
+        settled = (
+            c.bound_s
+            for c in self.promising
+            if c.bound_s in below and _plan(self.problem, self.policy, c).id in self.simulated
+        )
+        return np.array(list((below - Counter(settled)).elements()))
 
 
 def _best_branches(candidates: list[_Candidate]) -> list[_Candidate]:

@@ -1,16 +1,15 @@
-"""What a better machine would give: plan anew with one figure of it changed."""
+"""What a better machine would give: decide anew with one figure of it changed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from hwmodels.profile import Curve, HardwareProfile, Resource, Sample
-from sim.model import ModelSpec
 from sim.plan import Plan
-from sim.planner import plan
-from sim.policies.problem import total_s
-from sim.workload import Workload
+from sim.policies.decision import Decision
+from sim.policies.problem import Problem
 
 _GIB = 2**30
 
@@ -25,30 +24,29 @@ class Gain:
     speedup: float
 
 
-def sensitivity(
-    spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, workload: Workload, policy: str = "auto"
-) -> tuple[Gain, ...]:
+def sensitivity(problem: Problem, decision: Decision) -> tuple[Gain, ...]:
     """Gains of one more GiB of device memory, of a link and of CPU memory twice as fast; the best first.
 
-    Raises PlanError if the machine as it is has no plan.
+    On each machine the rule that made the plan decides anew, and the plan as it is stays a choice. What other
+    rules would make of the machine is not asked: it may be more.
     """
-    now_s = _total_s(plan(spec, profile, vram_budget_bytes, workload, policy), workload)
-    larger = profile.with_(vram_bytes=max(profile.vram_bytes, vram_budget_bytes + _GIB))
-    machines = {"CPU memory twice as fast": (faster_memory(profile, ("CPU",), 2.0), vram_budget_bytes)}
+    profile, budget = problem.profile, problem.vram_budget_bytes
+    now_s = problem.tried([lambda: decision.plan])[0].total_s
+    larger = profile.with_(vram_bytes=max(profile.vram_bytes, budget + _GIB))
+    machines = {"CPU memory twice as fast": (faster_memory(profile, ("CPU",), 2.0), budget)}
     if profile.has_gpu:
-        machines["one more GiB of device memory"] = (larger, vram_budget_bytes + _GIB)
-        machines["a link twice as fast"] = (faster_memory(profile, ("H2D", "D2H"), 2.0), vram_budget_bytes)
+        machines["one more GiB of device memory"] = (larger, budget + _GIB)
+        machines["a link twice as fast"] = (faster_memory(profile, ("H2D", "D2H"), 2.0), budget)
     gains = []
-    for change, (machine, budget) in machines.items():
-        made = plan(spec, machine, budget, workload, policy)
-        then_s = _total_s(made, workload)
-        gains.append(Gain(change, made, then_s, now_s / then_s))
+    for change, (machine, n_bytes) in machines.items():
+        then = replace(problem, profile=machine, vram_budget_bytes=n_bytes)
+        best = then.tried([partial(_same, decision.plan, n_bytes), partial(decision.again, then)])[0]
+        gains.append(Gain(change, best.plan, best.total_s, now_s / best.total_s))
     return tuple(sorted(gains, key=lambda gain: -gain.speedup))
 
 
-def _total_s(made: Plan, workload: Workload) -> float:
-    assert made.prediction is not None, "the planner predicts"
-    return total_s(made.prediction, workload)
+def _same(plan: Plan, vram_budget_bytes: int) -> Plan:
+    return replace(plan, vram_budget_bytes=vram_budget_bytes)
 
 
 def faster_memory(profile: HardwareProfile, resources: tuple[Resource, ...], factor: float) -> HardwareProfile:

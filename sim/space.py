@@ -50,6 +50,12 @@ def further_space(problem: Problem) -> Space:
     return _space(problem, kinds)
 
 
+def same_space(problem: Problem, part: Branch) -> Space:
+    """What one branch holds, for another machine or budget."""
+    again = branch(problem, part.filling, part.ends)
+    return Space(() if again is None else (again,), decode_sendings(problem), prompt_sendings(problem))
+
+
 _Kind = tuple[Unit, Order, int, Place]
 
 

@@ -15,8 +15,9 @@ from sim.bounds import bound
 from sim.memory import memory
 from sim.model import ModelSpec
 from sim.plan import ExpertCache
-from sim.planner import explain, plan, rank
+from sim.planner import decide, explain, plan, rank
 from sim.policies import POLICIES
+from sim.policies.problem import Problem
 from sim.sensitivity import faster_memory, sensitivity
 from sim.simulate import simulate
 from sim.workload import Workload
@@ -164,7 +165,8 @@ def test_twice_the_bandwidth_halves_measured_times_but_not_below_arithmetic():
 def test_sensitivity_ranks_what_would_help_most():
     # a link far behind the CPU: only the CPU's memory matters, or holding all
     spec, workload = dense(4, columns=25600), Workload(2, 8)
-    gains = sensitivity(spec, machine(link_gb_s=0.2), budget(spec, workload, 0.3), workload, "scheinfer")
+    problem = Problem(spec, machine(link_gb_s=0.2), budget(spec, workload, 0.3), workload)
+    gains = sensitivity(problem, decide(problem, "scheinfer"))
     by_change = {gain.change: gain.speedup for gain in gains}
     assert gains[0].change == "one more GiB of device memory"  # the whole model
     assert by_change["CPU memory twice as fast"] > 1.3

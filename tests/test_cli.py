@@ -192,6 +192,18 @@ def test_result_rows_have_the_promised_keys(run: Run) -> None:
     assert 0 < row["bound_fraction"] <= 1
 
 
+def test_an_explained_plan_says_what_was_searched_and_what_would_help(run: Run) -> None:
+    told = run(*PLAN, "--explain")
+    for words in ("candidates", "pruned", "simulated", "left", "What would help", "a link twice as fast"):
+        assert words in told
+    (row,) = json.loads(run(*PLAN, "--explain", "-o", "json"))
+    search = row["search"]
+    assert search["candidates"] == search["pruned"] + search["simulated"] + search["left"]
+    assert set(row["bound_binds"]) == {"prefill", "decode"}
+    assert all(gain["speedup"] > 0.99 for gain in row["what_if"])
+    assert "search" not in json.loads(run(*PLAN, "-o", "json"))[0]
+
+
 def test_a_plan_can_be_explained(run: Run) -> None:
     assert len(run(*PLAN, "--explain")) > len(run(*PLAN))
 

@@ -107,14 +107,30 @@ def test_the_winner_is_the_one_that_exhaustive_simulation_picks(spec, together):
     ]
     assert found.total_s == pytest.approx(min(totals), rel=1e-9)
     assert found.n_candidates == len(totals)
-    assert found.n_left == 0
+    assert found.certificate.n_left == 0
 
 
 def test_without_contention_one_simulation_proves_the_winner():
     problem = half(dense(4, columns=64), machine(), Workload(8, 8))
     found = search(problem, "x", [paper_space(problem)])
-    assert (found.n_simulated, found.n_left) == (1, 0)
-    assert found.n_pruned == found.n_candidates - 1
+    told = found.certificate
+    assert (told.n_simulated, told.n_left, told.gap) == (1, 0, 0.0)
+    assert told.n_pruned == told.n_candidates - 1
+
+
+def test_what_is_left_of_a_search_is_what_was_not_simulated_and_may_be_faster():
+    problem = half(moe(2, columns=16), machine(together=(0.5, 0.9), fixed_s=1e-7), Workload(8, 8))
+    space = few(paper_space(problem))
+    found = search(problem, "x", [space], most_simulated=1)
+    told, proven = found.certificate, search(problem, "x", [space], most_simulated=10**6)
+    assert told.n_simulated == 1
+    assert told.n_candidates == told.n_pruned + told.n_simulated + told.n_left
+    assert told.n_left > 0
+    assert 0 < told.gap < 1
+    assert proven.total_s >= told.least_left_s  # the promise of the gap
+    assert proven.certificate.n_left == 0
+    assert found.against(told.least_left_s, n_others=3).n_left == 0  # another plan beats what is left
+    assert found.against(told.least_left_s, n_others=3).n_simulated == 4
 
 
 def test_a_search_is_repeatable():
@@ -138,7 +154,7 @@ def test_large_models_are_searched_among_a_hundred_thousand_candidates(spec):
     problem = Problem(spec, profile.with_(host_bytes=300 * GB), 40 * GB, Workload(128, 32))
     found = search(problem, "x", [paper_space(problem), further_space(problem)])
     assert found.n_candidates >= 100_000
-    assert found.n_left == 0
+    assert found.certificate.n_left == 0
 
 
 # -- what the space holds ----------------------------------------------------------------------------------------

@@ -19,12 +19,15 @@ from runtime.cli.table import Row, markdown
 from runtime.resolve import resolve_model
 from sim import planner
 from sim.bounds import bound
+from sim.certify import proof_keys, proof_words
 from sim.compare import Comparison
 from sim.compare import compare as compare_timelines
 from sim.export import EXPORTS
 from sim.model import ModelSpec
 from sim.plan import Plan, Prediction, check_plan, load_plan
+from sim.policies.problem import Problem
 from sim.rows import Speeds, simulated_row
+from sim.sensitivity import sensitivity
 from sim.simulate import simulate as run_simulation
 from sim.timeline import load_timeline
 from sim.workload import RoutingTrace, Workload, check_context
@@ -37,16 +40,20 @@ def plan(flags: Namespace) -> None:
     profile, workload = _profile(flags), _workload(flags)
     check_context(spec, workload)
     budget = flags.vram_budget or profile.vram_bytes
-    made = planner.plan(spec, profile, budget, _with_room(workload, flags.ctx_size), flags.policy)
+    problem = Problem(spec, profile, budget, _with_room(workload, flags.ctx_size))
+    decision = planner.decide(problem, flags.policy)
+    made = decision.plan
     timeline = run_simulation(spec, made, profile, workload)
     made = made.with_prediction(Prediction(**asdict(Speeds.of(timeline, workload))))
     if flags.out is not None:
         made.save(flags.out)
         note(flags, f"wrote {flags.out}")
-    if flags.explain:
-        say(flags, planner.explain(spec, profile, made, workload))
     limit = bound(spec, profile, budget, workload, made.cache is not None)
     row = simulated_row(spec, made, profile, workload, timeline, limit)
+    if flags.explain:
+        gains = sensitivity(problem, decision)
+        row |= proof_keys(decision.certificate, limit, gains)
+        say(flags, planner.explain(spec, profile, made, workload) + "\n" + proof_words(decision.certificate, gains))
     if flags.export is None:
         emit(flags, [row], SIMULATED_COLUMNS)
     elif flags.output == "md":

@@ -36,9 +36,10 @@ from sim.policies import (
     stream_overlap,
 )
 from sim.policies.caches import expert_times, fetch_share, largest_cache, popular
+from sim.policies.decision import Decision, Rule
 from sim.policies.problem import Policy, Problem
-from sim.search import search
-from sim.space import further_space, paper_space
+from sim.search import Found, search
+from sim.space import Branch, further_space, paper_space, same_space
 from sim.workload import Workload
 
 NAME = "auto"
@@ -65,40 +66,62 @@ OTHERS: dict[str, Policy] = {
 
 def propose(spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, workload: Workload) -> Plan:
     """The fastest of the search's plans and all other policies' plans; PlanError if the model fits nowhere."""
-    problem = Problem(spec, profile, vram_budget_bytes, workload)
-    others = [partial(propose, spec, profile, vram_budget_bytes, workload) for propose in OTHERS.values()]
-    searched = _searched(problem)
-    cached = _cached(problem, searched[-1]().tiers[-1]) if searched and spec.is_moe else []
+    return decide(Problem(spec, profile, vram_budget_bytes, workload)).plan
+
+
+def decide(problem: Problem) -> Decision:
+    """The same, with what was searched and the rule that won."""
+    found = _searched(problem)
+    winners = found.winners if found is not None else ()
+    rules: list[Rule] = [partial(_searched_again, winner.branch) for winner in winners]
+    makes: list[Callable[[], Plan]] = [partial(_same, winner.plan) for winner in winners]
+    others: list[Rule] = [partial(_followed, propose) for propose in OTHERS.values()]
+    if winners and problem.spec.is_moe:
+        others = [*_cached(winners[-1].plan.tiers[-1]), *others]
     try:
-        best = problem.best([*searched, *cached, *others])
+        tried = problem.tried([*makes, *(partial(rule, problem) for rule in others)])
     except PlanError as error:
-        if not profile.has_gpu:
+        if not problem.profile.has_gpu:
             raise
         raise problem.none_fits(NAME) from error
-    return replace(best, policy=NAME)
+    best = tried[0]
+    n_others = sum(one.index >= len(winners) for one in tried)
+    certificate = found.against(best.total_s, n_others) if found is not None else None
+    return Decision(replace(best.plan, policy=NAME), certificate, [*rules, *others][best.index])
 
 
-def _searched(problem: Problem) -> list[Callable[[], Plan]]:
+def _searched(problem: Problem) -> Found | None:
     if not problem.profile.has_gpu:
-        return []
+        return None
     try:
-        found = search(problem, NAME, [paper_space(problem), further_space(problem)])
+        return search(problem, NAME, [paper_space(problem), further_space(problem)])
     except PlanError:  # nothing fits on the device; another policy may still do without it
-        return []
-    return [partial(_same, plan) for plan in found.winners]
+        return None
 
 
-def _cached(problem: Problem, prompt: Tier) -> list[Callable[[], Plan]]:
+def _searched_again(part: Branch, problem: Problem) -> Plan:
+    """The best of the one branch."""
+    return search(problem, NAME, [same_space(problem, part)]).plan
+
+
+def _followed(propose: Policy, problem: Problem) -> Plan:
+    return propose(problem.spec, problem.profile, problem.vram_budget_bytes, problem.workload)
+
+
+def _cached(prompt: Tier) -> list[Rule]:
     """Experts in a cache in decode, prompts sent as the search found best; a cache for each layer or for all."""
+    return [partial(_lru_plan, prompt, scope, balanced) for balanced in (False, True) for scope in _SCOPES]
+
+
+def _lru_plan(prompt: Tier, scope: CacheScope, balanced: bool, problem: Problem) -> Plan:
     if any(prompt.ahead):
         prompt = problem.tier(prompt.name, prompt.max_tokens, True, stream_min_tokens=1, n_slots=prompt.n_slots)
     decode = problem.tier("decode", problem.workload.batch, overlap=True)
-    ways = (replace(decode, fetch_share=fetch_share(problem)), replace(decode, balance=expert_times(problem)))
-    return [
-        partial(largest_cache, problem, NAME, (way, prompt), partial(_lru, problem, scope))
-        for way in ways
-        for scope in _SCOPES
-    ]
+    if balanced:
+        decode = replace(decode, balance=expert_times(problem))
+    else:
+        decode = replace(decode, fetch_share=fetch_share(problem))
+    return largest_cache(problem, NAME, (decode, prompt), partial(_lru, problem, scope))
 
 
 def _lru(problem: Problem, scope: CacheScope, n_slots: int) -> ExpertCache:

@@ -20,6 +20,15 @@ Policy = Callable[[ModelSpec, HardwareProfile, int, Workload], Plan]
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A plan with its prediction, seconds of the whole generation, and which of the plans offered it was."""
+
+    plan: Plan
+    total_s: float
+    index: int
+
+
+@dataclass(frozen=True)
 class Problem:
     """One model on one machine under one device memory budget, for one workload."""
 
@@ -124,10 +133,14 @@ class Problem:
 
     def best(self, plans: Iterable[Callable[[], Plan]]) -> Plan:
         """The plan with the shortest simulated generation, the first of equals; PlanError if none fits."""
-        found: list[tuple[float, Plan]] = []
+        return self.tried(plans)[0].plan
+
+    def tried(self, plans: Iterable[Callable[[], Plan]]) -> list[Tried]:
+        """Different plans that fit, the shortest simulated generation first; PlanError if none fits."""
+        found: list[Tried] = []
         reasons: list[PlanError] = []
         known: set[str] = set()
-        for make in plans:
+        for i, make in enumerate(plans):
             try:
                 plan = self.checked(make())
             except PlanError as error:
@@ -136,10 +149,10 @@ class Problem:
             if plan.id not in known:
                 known.add(plan.id)
                 prediction = forecast(self.spec, plan, self.profile, self.workload)
-                found.append((total_s(prediction, self.workload), plan.with_prediction(prediction)))
+                found.append(Tried(plan.with_prediction(prediction), total_s(prediction, self.workload), i))
         if not found:
             raise reasons[0]
-        return min(found, key=lambda pair: pair[0])[1]
+        return sorted(found, key=lambda tried: tried.total_s)
 
 
 def _tidy(spec: ModelSpec, plan: Plan, tier: Tier) -> Tier:

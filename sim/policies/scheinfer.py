@@ -18,6 +18,7 @@ from __future__ import annotations
 from hwmodels.profile import HardwareProfile
 from sim.model import ModelSpec
 from sim.plan import Plan
+from sim.policies.decision import Decision
 from sim.policies.problem import Problem
 from sim.search import search
 from sim.space import paper_space
@@ -28,6 +29,11 @@ NAME = "scheinfer"
 
 def propose(spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, workload: Workload) -> Plan:
     """The best sizes of CC, CG and GG in simulation; PlanError if attention and KV cache do not fit."""
-    problem = Problem(spec, profile, vram_budget_bytes, workload)
+    return decide(Problem(spec, profile, vram_budget_bytes, workload)).plan
+
+
+def decide(problem: Problem) -> Decision:
+    """The same, with what was searched."""
     problem.need_gpu(NAME)
-    return search(problem, NAME, [paper_space(problem)]).plan
+    found = search(problem, NAME, [paper_space(problem)])
+    return Decision(found.plan, found.certificate, lambda other: decide(other).plan)
