@@ -1,11 +1,13 @@
 """validate(): predict, run, compare, report. The main job.
 
-For every model: calibrate (cached), rank the policies in simulation, run each for real on the same
-prompt, replay what ran (its plan and its routing) in the simulator, and write both down side by side.
+For every model: calibrate (cached), rank the policies in simulation, run each and the plans predicted best
+for real on the same prompt, replay what ran (its plan and its routing) in the simulator, and write both down
+side by side. The plan that was measured fastest is kept.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,14 +27,17 @@ from hwmodels.provenance import versions
 from hwmodels.units import format_bytes
 from runtime.budget import fixed_bytes, half_budget
 from runtime.cache import cached_profile
+from runtime.choice import choice, predicted_s
 from runtime.measure import Measured, measure, median_run
 from runtime.session import load_planned
 from sim.bounds import Bound, bound
+from sim.candidates import runner_ups
 from sim.compare import compare
 from sim.memory import memory
 from sim.model import ModelSpec, load_model
 from sim.plan import Plan
 from sim.planner import plan as make_plan
+from sim.policies.problem import Problem
 from sim.report import ModelResult, Report, write_report
 from sim.rows import Row, measured_row, prediction_keys
 from sim.simulate import simulate
@@ -48,7 +53,10 @@ PROMPT = "The weights of a layer are read once for every token, so memory decide
 
 @dataclass(frozen=True)
 class Job:
-    """What is validated: one workload on one device; the budget is None for a default per model."""
+    """What is validated: one workload on one device; the budget is None for a default per model.
+
+    n_top   how many of the plans predicted fastest are run, beside those of the policies, and whoever made them
+    """
 
     device: str = "auto"
     vram_budget_bytes: int | None = None
@@ -56,6 +64,7 @@ class Job:
     n_gen: int = 32
     policies: Sequence[str] = DEFAULT_POLICIES
     repetitions: int = 3
+    n_top: int = 3
     quick: bool = False
     fresh: bool = False
     cpu_threads: int | None = None
@@ -71,6 +80,11 @@ class Run:
     median: Measured
     replay: Timeline
     isolated: Timeline
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of a generation: the median of the repetitions."""
+        return statistics.median(sum(run.timeline.step_s.values()) for run in self.runs)
 
 
 def validate(folders: Sequence[Path], out: Path, job: Job, command: str, text: IO[str] = sys.stderr) -> list[Row]:
@@ -116,9 +130,10 @@ def _validate_model(
     workload = Workload(job.n_prompt, job.n_gen)
     budget = job.vram_budget_bytes or half_budget(spec, workload)
     plans, refused = _plans(spec, profile, budget, workload, job)
+    plans += runner_ups(Problem(spec, profile, budget, workload), plans, job.n_top)
     tokenizer = _tokenizer(folder)
     prompt = prompt_ids(spec, tokenizer, job.n_prompt)
-    best = min(plans, key=lambda p: _predicted_s(p, workload))
+    best = min(plans, key=lambda p: predicted_s(p, workload))
     runs: list[Run] = []
     with tqdm(total=len(plans), desc=f"run {spec.name}", unit="plan", disable=not job.progress, leave=False) as bar:
         for plan in plans:
@@ -129,10 +144,14 @@ def _validate_model(
                 streamer = _announced(tokenizer, f"{spec.name}, {plan.policy}: ", text)
             runs.append(_run(folder, spec, plan, profile, workload, prompt, job, streamer))
             bar.update()
+    made = choice(plans, [run.total_s for run in runs], workload)
     limits = {cached: bound(spec, profile, budget, workload, cached) for cached in {p.cache is not None for p in plans}}
-    rows = [_row(spec, run, workload, limits[run.plan.cache is not None]) for run in runs]
+    rows = [
+        _row(spec, run, workload, limits[run.plan.cache is not None]) | {"predicted_rank": rank, "kept": i == made.kept}
+        for i, (run, rank) in enumerate(zip(runs, made.ranks, strict=True))
+    ]
     rows = sorted(rows, key=_by_speed) + refused
-    shown = next(run for run in runs if run.plan is best)
+    shown = runs[made.kept]
     files = _save(out, spec, profile, shown)
     result = ModelResult(
         model=spec.name,
@@ -140,6 +159,7 @@ def _validate_model(
         shape=_shape(spec, budget),
         comparison=compare(shown.replay, shown.median.timeline),
         isolated=compare(shown.isolated, shown.median.timeline),
+        choice=made.sentence(),
     )
     return result, files
 
@@ -179,11 +199,6 @@ def _plans(
     if not plans:
         raise PlanError(str(refused[0]["refused"]))
     return plans, refused
-
-
-def _predicted_s(plan: Plan, workload: Workload) -> float:
-    assert plan.prediction is not None, "the planner predicts"
-    return plan.prediction.ttft_s + (workload.n_gen - 1) * plan.prediction.tpot_s
 
 
 def _run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hwmodels.errors import PlanError
 from sim.layercost import Sending
@@ -72,13 +72,25 @@ def chosen(pool: Sequence[Candidate], n_spread: int, n_top: int) -> list[Candida
     return [c for c in pool if id(c) in kept]
 
 
+def runner_ups(problem: Problem, plans: Sequence[Plan], n_top: int, n_drawn: int = 64) -> list[Plan]:
+    """Those of the n_top plans predicted fastest that are not among `plans`, fastest first.
+
+    Beside `plans`, which carry predictions, every other policy's plan and n_drawn random ones are predicted.
+    """
+    if n_top < 1:
+        return []
+    made = {plan.policy for plan in plans}
+    others = candidates(problem, [name for name in POLICIES if name not in made], n_drawn)
+    pool = {_decisions(c.plan): c for c in others} | {_decisions(plan): _candidate(problem, plan) for plan in plans}
+    known = {_decisions(plan) for plan in plans}
+    ranked = sorted(pool, key=lambda key: pool[key].predicted_s)[:n_top]
+    return [pool[key].plan for key in ranked if key not in known]
+
+
 def _decisions(plan: Plan) -> str:
-    # The name of the rule is part of a plan's id; two rules may decide alike.
-    return repr((plan.layers, plan.ends, plan.pinned, [(t.max_tokens, *_tier(t)) for t in plan.tiers]))
-
-
-def _tier(tier: Tier) -> tuple[object, ...]:
-    return tier.overlap, tier.ahead, tier.stream_min_tokens, tier.n_slots, tier.stream_columns
+    # The names of the rule and its tiers are part of a plan's id; two rules may decide alike.
+    tiers = tuple(replace(tier, name="") for tier in plan.tiers)
+    return replace(plan, policy="", tiers=tiers, prediction=None).id
 
 
 def _candidate(problem: Problem, plan: Plan) -> Candidate:

@@ -26,6 +26,7 @@ from hwmodels.profile import HardwareProfile
 from hwmodels.schema import write_bytes, write_json, write_text
 from hwmodels.units import format_bytes, format_number, format_seconds
 from sim import page
+from sim.candidates import DRAWN
 from sim.compare import Comparison
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "scheinfer.rows"
 VERSION = 1
-OWN_POLICIES = ("auto", "scheinfer")
-"""Policies of this project; all others are baselines."""
+OWN_POLICIES = ("auto", "scheinfer", DRAWN)
+"""Policies of this project, and plans drawn from its search's space; all others are baselines."""
 
 Row = Mapping[str, Any]
 EMULATED = (
@@ -53,6 +54,7 @@ class ModelResult:
     shape        one line on the model, such as "4 layers, 8 experts, 210 MB of weights"
     comparison   best plan, simulated against measured; None if nothing ran
     isolated     the same plan simulated without contention, against the same measurement; None if not done
+    choice       which plan is kept, and what trusting the prediction would have cost, in words
     """
 
     model: str
@@ -60,6 +62,7 @@ class ModelResult:
     shape: str = ""
     comparison: Comparison | None = None
     isolated: Comparison | None = None
+    choice: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,8 @@ def _section(result: ModelResult, pictures: list[_Picture]) -> list[str]:
     parts += [page.table(_HEAD, [_cells(row) for row in ranked], best=0), *shown("ranking")]
     if (agreement := _agreement(ranked)) is not None:
         parts.append(page.text("p", agreement))
+    if result.choice:
+        parts.append(page.text("p", result.choice))
     if result.comparison is not None:
         parts += [page.text("h3", "What every resource did"), *shown("decode"), *shown("prefill")]
         parts += [page.text("h3", "Error of the simulation"), _error_table(result), *shown("errors")]

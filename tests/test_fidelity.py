@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -25,7 +26,7 @@ from sim.fidelity import errors, order, regret, regrets
 from sim.memory import memory
 from sim.model import ModelSpec, from_config, load_model
 from sim.policies.problem import Problem
-from sim.replay import replay
+from sim.replay import Replayed, replay
 from sim.simulate import simulate
 from sim.timeline import Timeline
 from sim.verdict import verdict
@@ -355,3 +356,35 @@ def test_every_cell_gets_plans_within_its_budget(tiny_checkpoint: TinyCheckpoint
 def test_a_longer_prompt_begins_as_a_shorter_one():
     assert prompt(SPEC, 5, seed=1) == prompt(SPEC, 9, seed=1)[:5]
     assert max(prompt(SPEC, 100, seed=1)) < SPEC.vocab
+
+
+# -- the committed evidence -----------------------------------------------------------------------------
+
+RESULTS = Path(__file__).parent.parent / "experiments" / "results" / "fidelity"
+GROWN = 0.005
+"""How much a committed error may grow, as a share of the time: half of a per cent."""
+
+
+@pytest.fixture(scope="module")
+def committed() -> Replayed:
+    return Replayed.together([replay(load_evidence(folder)) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()])
+
+
+def test_todays_simulator_predicts_the_committed_runs_as_well_as_it_did(committed: Replayed):
+    then = json.loads((RESULTS / "config.json").read_text(encoding="utf-8"))["summary"]["checks"]
+    for check in verdict(committed).checks():
+        was, slack = then[check.name], -GROWN if check.at_least else GROWN
+        held = check.value >= was + slack if check.at_least else check.value <= was + slack
+        assert held, f"{check.name}: {check.value:.4f}, it was {was:.4f}"
+
+
+def test_the_committed_numbers_are_those_of_the_committed_evidence(committed: Replayed):
+    rows = pd.read_csv(RESULTS / "rows.csv")
+    measured = [column for column in rows.columns if column in ("ttft_s", "tpot_s", "total_s", "vram_bytes")]
+    pd.testing.assert_frame_equal(rows[["plan_id", *measured]], committed.cases[["plan_id", *measured]])
+
+
+def test_the_committed_evidence_is_of_two_models_and_twenty_plans_each(committed: Replayed):
+    plans = committed.cases.groupby("model")["plan_id"].nunique()
+    assert len(plans) >= 2
+    assert plans.min() >= 20

@@ -109,6 +109,7 @@ def validate(flags: Namespace) -> None:
         n_gen=flags.n_gen,
         policies=policies,
         repetitions=flags.repetitions,
+        n_top=flags.top,
         quick=flags.quick,
         fresh=flags.fresh,
         cpu_threads=flags.threads,

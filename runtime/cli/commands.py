@@ -203,7 +203,7 @@ COMMANDS = (
     ),
     Command(
         "validate",
-        "the whole chain: calibrate, plan, run the best plan and the baselines, compare, report",
+        "the whole chain: calibrate, plan, run the best plans and the baselines, compare, report, keep the fastest",
         "runtime.cli.benching:validate",
         (
             replace(o.CHECKPOINTS, required=False, shown="none: give this or --demo"),
@@ -215,6 +215,7 @@ COMMANDS = (
             replace(o.N_PROMPT, default=128),
             replace(o.N_GEN, default=32),
             replace(o.REPETITIONS, default=3),
+            Option(("--top",), "plans predicted fastest that run as well", values.whole, 3, metavar="N"),
             o.DEVICE,
             o.THREADS,
             o.QUICK,
