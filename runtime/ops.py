@@ -29,7 +29,9 @@ def piece_views(flat: Tensor, d_model: int, columns: int) -> Piece:
 def gated_mlp(x_SD: Tensor, pieces: Sequence[Piece], act: Activation) -> Tensor:
     """Sum over pieces of (act(x @ gate.T) * (x @ up.T)) @ down.T: partial output [S, D]."""
     kernel, code = native.kernel(), native.activation_code(act)
-    if kernel is not None and code is not None and native.takes(x_SD, pieces):
+    if kernel is None or code is None or native.leaves_to_torch(x_SD.dtype, x_SD.shape[0]):
+        return torch_gated_mlp(x_SD, pieces, act)
+    if native.takes(x_SD, pieces):
         return kernel.mlp(x_SD, [(None, None, pieces)], code)
     return torch_gated_mlp(x_SD, pieces, act)
 
@@ -41,7 +43,10 @@ def routed_mlp(
 ) -> Tensor:
     """Weighted sum over experts, each (rows, weights, pieces): rows index x_SD, one weight each."""
     kernel, code = native.kernel(), native.activation_code(act)
-    if kernel is not None and code is not None and all(native.takes(x_SD, pieces) for _, _, pieces in experts):
+    mean_rows = sum(rows.shape[0] for rows, _, _ in experts) / max(1, len(experts))
+    if kernel is None or code is None or native.leaves_to_torch(x_SD.dtype, mean_rows):
+        return torch_routed_mlp(x_SD, experts, act)
+    if all(native.takes(x_SD, pieces) for _, _, pieces in experts):
         # Held in a list: the kernel is given addresses.
         own = [(rows.contiguous(), weights.to(torch.float32).contiguous(), pieces) for rows, weights, pieces in experts]
         return kernel.mlp(x_SD, own, code)

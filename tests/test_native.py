@@ -217,6 +217,17 @@ def test_what_the_kernel_does_not_know_torch_computes(taken):
     assert taken == []
 
 
+def test_long_prompts_in_bfloat16_are_left_to_torch_where_it_has_amx(taken, monkeypatch):
+    monkeypatch.setattr(native, "_has_amx", lambda: True)
+    for n_rows in (1, 31, 32, 500):
+        gated_mlp(random_x(n_rows, 16, torch.bfloat16), [random_piece(16, 8, torch.bfloat16, 0)], silu)
+    assert taken == [1, 1]
+    gated_mlp(random_x(500, 16, torch.float32), [random_piece(16, 8, torch.float32, 0)], silu)
+    monkeypatch.setenv("SCHEINFER_KERNEL", "native")
+    gated_mlp(random_x(500, 16, torch.bfloat16), [random_piece(16, 8, torch.bfloat16, 0)], silu)
+    assert taken == [1, 1, 1, 1]
+
+
 def test_rows_of_x_may_lie_apart(taken):
     x, pieces = random_x(16, 4, torch.float32).T, [random_piece(16, 8, torch.float32, 0)]
     torch.testing.assert_close(gated_mlp(x, pieces, silu), torch_gated_mlp(x, pieces, silu))

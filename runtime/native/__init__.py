@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hwmodels.errors import ExecutionError, KernelError
-from hwmodels.machine import Finding
+from hwmodels.machine import Finding, read_machine
 
 LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16")
 """Instruction sets that the kernel is compiled for, the best last; AMX is not among them."""
 CHOICES = ("auto", "native", "torch")
 _INTERFACE = 1
+_AMX_ROWS = 32  # as many as AMX computes in the time of one
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SILU, _GELU_TANH, _GELU_ERF = range(3)
 _ACTIVATIONS = {
@@ -172,6 +173,19 @@ def activation_code(act: object) -> int | None:
     if isinstance(act, nn.GELU):
         return _GELU_TANH if act.approximate == "tanh" else _GELU_ERF
     return _ACTIVATIONS.get(type(act).__name__)
+
+
+@cache
+def _has_amx() -> bool:
+    return "AMX_BF16" in read_machine().isa
+
+
+def leaves_to_torch(dtype: torch.dtype, n_rows: float) -> bool:
+    """Whether `auto` takes torch for so many rows per expert: prompts in bfloat16 on CPUs with AMX, which torch uses.
+
+    Elsewhere the kernel was at least as fast in every measurement (experiments.cpu_kernels).
+    """
+    return choice() == "auto" and dtype == torch.bfloat16 and n_rows >= _AMX_ROWS and _has_amx()
 
 
 def takes(x_SD: Tensor, pieces: Sequence[Piece]) -> bool:

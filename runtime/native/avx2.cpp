@@ -27,6 +27,9 @@ struct Avx2 {
   static W load_weights(const Weight* p) { return load8(p); }
   static X load_input(const Input* p) { return _mm256_loadu_ps(p); }
   static Sum add(Sum sum, W w, X x) { return _mm256_fmadd_ps(w, x, sum); }
+  static void widen_row(const Weight* from, int64_t n, float* to) {
+    for (int64_t k = 0; k < n; k++) to[k] = widen(from[k]);
+  }
   template <int R>
   static void totals(const Sum* sum, float* out) {
     for (int r = 0; r < R; r++) {

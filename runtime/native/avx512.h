@@ -49,6 +49,9 @@ struct Avx512 {
   static W load_weights(const Weight* p) { return load16(p); }
   static X load_input(const Input* p) { return _mm512_loadu_ps(p); }
   static Sum add(Sum sum, W w, X x) { return _mm512_fmadd_ps(w, x, sum); }
+  static void widen_row(const Weight* from, int64_t n, float* to) {
+    for (int64_t k = 0; k < n; k++) to[k] = widen(from[k]);
+  }
   template <int R>
   static void totals(const Sum* sum, float* out) {
     add_up<R>(sum, out);

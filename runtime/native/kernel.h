@@ -18,9 +18,10 @@ constexpr int SCRATCH = ROWS * 1024;  // floats that dots() may use to widen wei
 
 // Activations lie in rows of float, or of bfloat16 where the instruction set multiplies pairs of it.
 struct Kernels {
-  // out[t * out_stride + r] = sum over k of w[r][k] * x[t][k]; w has rows of K weights without gaps.
+  // out[t * out_stride + r] = sum over k of w[r][k] * x[t][k]; w has rows of K weights without gaps. later: as many
+  // rows that are needed next, or null.
   void (*dots)(const void* w, int64_t rows, int64_t K, const void* const* x, int64_t tokens, float* out,
-               int64_t out_stride, float* scratch);
+               int64_t out_stride, const void* later, float* scratch);
   // One row of activations, n values and zeros up to a multiple of PAD, from weights' dtype.
   void (*load_row)(const void* from, int64_t n, void* to);
   // to[i] = act(gate[i]) * up[i], as activations.

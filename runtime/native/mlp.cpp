@@ -14,7 +14,7 @@
 namespace scheinfer {
 namespace {
 
-constexpr int64_t TOKENS_AT_ONCE = 120;  // whose activations of one block of K fit into the second cache
+constexpr int64_t TOKENS_AT_ONCE = 240;  // their activations of one block of K are at most 1 MiB
 constexpr int64_t MOST_ROWS = 64;        // of W in one item of work
 
 struct Aligned {
@@ -90,8 +90,9 @@ void gate_and_up(void* context, int64_t index) {
   for (int64_t t0 = 0; t0 < item.expert->n_rows; t0 += TOKENS_AT_ONCE) {
     const int64_t left = item.expert->n_rows - t0, tokens = left < TOKENS_AT_ONCE ? left : TOKENS_AT_ONCE;
     const void* const* x = item.expert->x.data() + t0;
-    call.k->dots(piece.gate + item.first * row_bytes, n, call.D, x, tokens, s.one, MOST_ROWS, s.wide);
-    call.k->dots(piece.up + item.first * row_bytes, n, call.D, x, tokens, s.other, MOST_ROWS, s.wide);
+    const char *gate = piece.gate + item.first * row_bytes, *up = piece.up + item.first * row_bytes;
+    call.k->dots(gate, n, call.D, x, tokens, s.one, MOST_ROWS, up, s.wide);
+    call.k->dots(up, n, call.D, x, tokens, s.other, MOST_ROWS, nullptr, s.wide);
     for (int64_t t = 0; t < tokens; t++) {
       char* to = piece.h + (t0 + t) * piece.stride + item.first * size;
       call.k->activate(s.one + t * MOST_ROWS, s.other + t * MOST_ROWS, n, call.act, to);
@@ -107,7 +108,7 @@ void add_down(const Call& call, const Expert& expert, const Piece& piece, int64_
     const int64_t left = expert.n_rows - t0, tokens = left < TOKENS_AT_ONCE ? left : TOKENS_AT_ONCE;
     const void* h[TOKENS_AT_ONCE];
     for (int64_t t = 0; t < tokens; t++) h[t] = piece.h + (t0 + t) * piece.stride;
-    call.k->dots(down, n, piece.columns, h, tokens, s.one, MOST_ROWS, s.wide);
+    call.k->dots(down, n, piece.columns, h, tokens, s.one, MOST_ROWS, nullptr, s.wide);
     for (int64_t t = 0; t < tokens; t++) {
       float* sum = call.sums + (expert.rows ? expert.rows[t0 + t] : t0 + t) * call.D + first;
       const float weight = expert.weights ? expert.weights[t0 + t] : 1.0f, *part = s.one + t * MOST_ROWS;

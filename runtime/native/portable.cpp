@@ -20,6 +20,9 @@ struct Portable {
   static W load_weights(const Weight* p) { return Four{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
   static X load_input(const Input* p) { return Four{p[0], p[1], p[2], p[3]}; }
   static Sum add(Sum sum, W w, X x) { return sum + w * x; }
+  static void widen_row(const Weight* from, int64_t n, float* to) {
+    for (int64_t k = 0; k < n; k++) to[k] = widen(from[k]);
+  }
   template <int R>
   static void totals(const Sum* sum, float* out) {
     for (int r = 0; r < R; r++) out[r] = (sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3]);

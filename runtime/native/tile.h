@@ -81,9 +81,10 @@ inline float act_of(float v, int act) {
 // -- tiles -----------------------------------------------------------------------------------------------------------
 
 // T: Weight, Input (element types), W (vector of weights), X, Sum (vectors), STEP elements per vector, BLOCK of K, TOKENS
-template <class T, int R, int M, bool PREFETCH>
+// AHEAD rows of weights that come later are fetched meanwhile.
+template <class T, int R, int M, int AHEAD>
 void tile(const typename T::Weight* w, int64_t stride, int64_t n, const typename T::Input* const* x, int64_t k0,
-          float* out, int64_t out_stride) {
+          float* out, int64_t out_stride, const typename T::Weight* ahead) {
   typename T::Sum sum[M][R];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
@@ -96,10 +97,9 @@ void tile(const typename T::Weight* w, int64_t stride, int64_t n, const typename
   for (; k + T::STEP <= n; k += T::STEP) {
     typename T::W wv[R];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      wv[r] = T::load_weights(w + r * stride + k);
-      if (PREFETCH) __builtin_prefetch(w + (r + R) * stride + k, 0, 2);
-    }
+    for (int r = 0; r < R; r++) wv[r] = T::load_weights(w + r * stride + k);
+#pragma GCC unroll 16
+    for (int r = 0; r < AHEAD; r++) __builtin_prefetch(ahead + r * stride + k, 0, 3);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
       const typename T::X xv = T::load_input(rows[m] + k);
@@ -118,65 +118,113 @@ void tile(const typename T::Weight* w, int64_t stride, int64_t n, const typename
       for (int r = 0; r < R; r++) sum[m][r] = T::add(sum[m][r], T::load_weights(rest[r]), xv);
     }
   }
+#pragma GCC unroll 16
   for (int m = 0; m < M; m++) {
     float total[R];
     T::template totals<R>(sum[m], total);
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++) out[m * out_stride + r] = k0 ? out[m * out_stride + r] + total[r] : total[r];
   }
 }
 
 template <class T, int R, int M>
-void tiles(const typename T::Weight* w, int64_t stride, int64_t n, const typename T::Input* const* x, int64_t tokens,
-           int64_t k0, float* out, int64_t out_stride, bool prefetch) {
-  if (tokens >= M) {
-    int64_t t = 0;
-    for (; t + M <= tokens; t += M, prefetch = false) {
-      if (prefetch)
-        tile<T, R, M, true>(w, stride, n, x + t, k0, out + t * out_stride, out_stride);
-      else
-        tile<T, R, M, false>(w, stride, n, x + t, k0, out + t * out_stride, out_stride);
-    }
-    x += t, out += t * out_stride, tokens -= t;
+void tile_of(int tokens, int n_ahead, const typename T::Weight* w, int64_t stride, int64_t n,
+             const typename T::Input* const* x, int64_t k0, float* out, int64_t out_stride,
+             const typename T::Weight* ahead) {
+  if (tokens < M) {
+    if constexpr (M > 1) tile_of<T, R, M - 1>(tokens, n_ahead, w, stride, n, x, k0, out, out_stride, ahead);
+  } else if (n_ahead >= 4) {
+    tile<T, R, M, 4>(w, stride, n, x, k0, out, out_stride, ahead);
+  } else if (n_ahead >= 2) {
+    tile<T, R, M, 2>(w, stride, n, x, k0, out, out_stride, ahead);
+  } else if (n_ahead == 1) {
+    tile<T, R, M, 1>(w, stride, n, x, k0, out, out_stride, ahead);
+  } else {
+    tile<T, R, M, 0>(w, stride, n, x, k0, out, out_stride, ahead);
   }
-  if constexpr (M > 1)
-    if (tokens) tiles<T, R, M - 1>(w, stride, n, x, tokens, k0, out, out_stride, prefetch);
 }
 
-// One group of rows, one block of K, all tokens. Weights that arithmetic cannot take are widened once for many tokens.
+// Tokens in as few tiles as possible, of sizes as equal as possible: small ones leave the multipliers waiting.
+struct Tiles {
+  int64_t tokens, n;
+  int64_t first(int64_t i) const { return i * tokens / n; }
+  int n_tokens(int64_t i) const { return int(first(i + 1) - first(i)); }
+};
 template <class T>
-void group(const typename T::Weight* w, int64_t rows, int64_t K, int64_t k0, const typename T::Input* const* x,
-           int64_t tokens, float* out, int64_t out_stride, float* scratch, bool prefetch) {
-  const int64_t n = K - k0 < T::BLOCK ? K - k0 : T::BLOCK;
-  w += k0;
-  if (rows < ROWS) {
-    for (int64_t r = 0; r < rows; r++)
-      tiles<T, 1, T::TOKENS>(w + r * K, K, n, x, tokens, k0, out + r, out_stride, false);
-  } else if (sizeof(typename T::Weight) < sizeof(typename T::Input) && tokens > 2 * T::TOKENS) {
-    for (int64_t r = 0; r < ROWS; r++)
-      for (int64_t k = 0; k < n; k++) scratch[r * T::BLOCK + k] = widen(w[r * K + k]);
-    tiles<typename T::Widened, ROWS, T::TOKENS>(reinterpret_cast<const typename T::Widened::Weight*>(scratch), T::BLOCK,
-                                               n, reinterpret_cast<const typename T::Widened::Input* const*>(x), tokens,
-                                               k0, out, out_stride, false);
-  } else {
-    tiles<T, ROWS, T::TOKENS>(w, K, n, x, tokens, k0, out, out_stride, prefetch);
+Tiles tiles_of(int64_t tokens) {
+  return {tokens, (tokens + T::TOKENS - 1) / T::TOKENS};
+}
+
+// One group of rows, one block of K, one tile of tokens. Of the weights that come later each tile fetches a share.
+template <class T, int R>
+void group(const typename T::Weight* w, int64_t stride, int64_t n, const typename T::Input* const* x, int64_t k0,
+           float* out, int64_t out_stride, const typename T::Weight* ahead, const Tiles& tiles, int64_t i) {
+  const int64_t first = i * R / tiles.n, n_ahead = ahead ? (i + 1) * R / tiles.n - first : 0;
+  const int64_t t = tiles.first(i);
+  tile_of<T, R, T::TOKENS>(tiles.n_tokens(i), int(n_ahead), w, stride, n, x + t, k0, out + t * out_stride, out_stride,
+                           ahead + (ahead ? first * stride : 0));
+}
+
+// Few tokens: along the rows of W, which come from memory.
+template <class T>
+void few(const typename T::Weight* w, int64_t rows, int64_t K, const typename T::Input* const* x, int64_t tokens,
+         float* out, int64_t out_stride, const typename T::Weight* next) {
+  const Tiles tiles = tiles_of<T>(tokens);
+  for (int64_t r = 0; r < rows; r += ROWS, w += ROWS * K, out += ROWS)
+    for (int64_t k0 = 0; k0 < K; k0 += T::BLOCK) {
+      const int64_t n = K - k0 < T::BLOCK ? K - k0 : T::BLOCK;
+      const typename T::Weight* ahead = r + 2 * ROWS <= rows ? w + ROWS * K + k0 : next ? next + k0 : nullptr;
+      for (int64_t i = 0; i < tiles.n; i++) group<T, ROWS>(w + k0, K, n, x, k0, out, out_stride, ahead, tiles, i);
+    }
+}
+
+// Many tokens: a tile of x stays in the first cache, a block of W and all of x's in the second.
+template <class T>
+void many(const typename T::Weight* w, int64_t rows, int64_t K, const typename T::Input* const* x, int64_t tokens,
+          float* out, int64_t out_stride, const typename T::Weight* next) {
+  const Tiles tiles = tiles_of<T>(tokens);
+  for (int64_t k0 = 0; k0 < K; k0 += T::BLOCK) {
+    const bool last = k0 + T::BLOCK >= K;
+    const int64_t n = last ? K - k0 : T::BLOCK;
+    const typename T::Weight* ahead = last ? next : w + k0 + T::BLOCK;
+    for (int64_t i = 0; i < tiles.n; i++)
+      for (int64_t r = 0; r < rows; r += ROWS)
+        group<T, ROWS>(w + r * K + k0, K, n, x, k0, out + r, out_stride, ahead ? ahead + r * K : nullptr, tiles, i);
   }
+}
+
+// Many tokens and weights that cannot be multiplied as they are: widened once for all tokens.
+template <class T>
+void widened(const typename T::Weight* w, int64_t rows, int64_t K, const typename T::Input* const* x, int64_t tokens,
+             float* out, int64_t out_stride, float* scratch) {
+  const Tiles tiles = tiles_of<T>(tokens);
+  for (int64_t k0 = 0; k0 < K; k0 += T::BLOCK)
+    for (int64_t r = 0; r < rows; r += ROWS) {
+      const int64_t n = K - k0 < T::BLOCK ? K - k0 : T::BLOCK;
+      for (int64_t i = 0; i < ROWS; i++) T::widen_row(w + (r + i) * K + k0, n, scratch + i * T::BLOCK);
+      for (int64_t i = 0; i < tiles.n; i++)
+        group<typename T::Widened, ROWS>(scratch, T::BLOCK, n, x, k0, out + r, out_stride, nullptr, tiles, i);
+    }
 }
 
 template <class T>
 void dots(const void* weights, int64_t rows, int64_t K, const void* const* inputs, int64_t tokens, float* out,
-          int64_t out_stride, float* scratch) {
-  const auto* w = static_cast<const typename T::Weight*>(weights);
+          int64_t out_stride, const void* later, float* scratch) {
+  const auto *w = static_cast<const typename T::Weight*>(weights), *next = static_cast<const typename T::Weight*>(later);
   const auto* x = reinterpret_cast<const typename T::Input* const*>(inputs);
-  const auto left = [rows](int64_t r) { return rows - r < ROWS ? rows - r : int64_t(ROWS); };
-  if (tokens <= 4 * T::TOKENS) {  // W comes from memory: along its rows
-    for (int64_t r = 0; r < rows; r += ROWS)
-      for (int64_t k0 = 0; k0 < K; k0 += T::BLOCK)
-        group<T>(w + r * K, left(r), K, k0, x, tokens, out + r, out_stride, scratch, r + 2 * ROWS <= rows);
-    return;
-  }
-  for (int64_t k0 = 0; k0 < K; k0 += T::BLOCK)  // a block of x stays in the second cache
-    for (int64_t r = 0; r < rows; r += ROWS)
-      group<T>(w + r * K, left(r), K, k0, x, tokens, out + r, out_stride, scratch, false);
+  const int64_t whole = rows / ROWS * ROWS;
+  if (tokens <= 4 * T::TOKENS)
+    few<T>(w, whole, K, x, tokens, out, out_stride, next);
+  else if constexpr (sizeof(typename T::Weight) < sizeof(typename T::Input))
+    widened<T>(w, whole, K, x, tokens, out, out_stride, scratch);
+  else
+    many<T>(w, whole, K, x, tokens, out, out_stride, next);
+  const Tiles tiles = tiles_of<T>(tokens);
+  for (int64_t r = whole; r < rows; r++)
+    for (int64_t k0 = 0; k0 < K; k0 += T::BLOCK)
+      for (int64_t i = 0; i < tiles.n; i++)
+        group<T, 1>(w + r * K + k0, K, K - k0 < T::BLOCK ? K - k0 : T::BLOCK, x, k0, out + r, out_stride, nullptr, tiles,
+                    i);
 }
 
 // -- rows ------------------------------------------------------------------------------------------------------------
