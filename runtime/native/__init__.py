@@ -86,6 +86,10 @@ class Kernel:
             raise ExecutionError(f"native kernel: {('no memory', 'no such instruction set')[failed - 1]}")
         return y_SD
 
+    def read(self, flat: Tensor) -> None:
+        """Read a tensor's memory and do nothing else, on torch's number of threads: what bounds mlp at one token."""
+        self.library.scheinfer_read(flat.data_ptr(), flat.nbytes, torch.get_num_threads())
+
     def end_workers(self) -> None:
         """End the threads that compute for the calling thread; its next call starts new ones."""
         self.library.scheinfer_end_workers()
@@ -106,6 +110,8 @@ def load(path: Path) -> Kernel:
         raise KernelError(f"{path} has interface {interface}, expected {_INTERFACE}; reinstall the package")
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.scheinfer_mlp.argtypes = [pointer, pointer, number, number, *[ctypes.c_int] * 4, number, pointer]
+    library.scheinfer_read.argtypes = [pointer, number, ctypes.c_int]
+    library.scheinfer_read.restype = ctypes.c_uint64
     isas = tuple(name for i, name in enumerate(ISAS) if library.scheinfer_has(i))
     return Kernel(library, isas)
 

@@ -8,6 +8,7 @@ namespace scheinfer {
 namespace {
 
 typedef uint64_t Eight __attribute__((vector_size(64)));
+constexpr int64_t AHEAD = 4096;
 constexpr int64_t CHUNK = 1 << 19;
 
 struct Reading {
@@ -18,14 +19,16 @@ struct Reading {
 
 void read_chunk(void* context, int64_t index) {
   Reading& reading = *static_cast<Reading*>(context);
+  const int64_t left = reading.n_bytes - index * CHUNK, stride = (left < CHUNK ? left : CHUNK) / 256 * 64;
   const char* p = reading.from + index * CHUNK;
-  const char* end = p + (reading.n_bytes - index * CHUNK < CHUNK ? reading.n_bytes - index * CHUNK : CHUNK);
   Eight sums[4] = {};
-  for (; p + sizeof(sums) <= end; p += sizeof(sums)) {
-    Eight read[4];
-    memcpy(read, p, sizeof(read));
-    for (int i = 0; i < 4; i++) sums[i] ^= read[i];
-  }
+  for (int64_t at = 0; at < stride; at += 64)
+    for (int i = 0; i < 4; i++) {  // four streams, each fetched ahead: the fastest of several ways to read
+      Eight read;
+      __builtin_prefetch(p + i * stride + at + AHEAD);
+      memcpy(&read, p + i * stride + at, sizeof(read));
+      sums[i] ^= read;
+    }
   uint64_t sum = 0;
   for (int i = 0; i < 4; i++)
     for (int lane = 0; lane < 8; lane++) sum ^= sums[i][lane];
@@ -37,7 +40,7 @@ void read_chunk(void* context, int64_t index) {
 
 using namespace scheinfer;
 
-// Reads n_bytes (the last few up to 255 are left out); what it returns keeps the compiler from leaving out the rest.
+// Reads n_bytes (of the last few, up to 255 may be left out); what it returns keeps the compiler from leaving out the rest.
 extern "C" uint64_t scheinfer_read(const void* from, int64_t n_bytes, int n_threads) {
   Reading reading{static_cast<const char*>(from), n_bytes, {0}};
   parallel(n_threads, (n_bytes + CHUNK - 1) / CHUNK, read_chunk, &reading);
