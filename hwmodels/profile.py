@@ -336,4 +336,9 @@ class HardwareProfile:
 def load_profile(path: str | Path) -> HardwareProfile:
     """Read a profile; FormatError names the field that is wrong and what is allowed."""
     fields = check_header(read_json(path, "hardware profile"), SCHEMA, VERSION, str(path))
+    for name in ("curves", "handoff_s", "contention"):  # without them every cost they hold would be free, in silence
+        if name not in fields:
+            raise FormatError(
+                f"{path}: field {name!r} is missing; write it, empty if nothing is known, or calibrate anew"
+            )
     return from_json(HardwareProfile, fields, str(path))

@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from hwmodels.profile import HardwareProfile, Peak
+from hwmodels.catalog import hardware
+from hwmodels.profile import HardwareProfile, Peak, load_profile
 from runtime.cli import main
 from runtime.cli.commands import COMMANDS
 from runtime.cli.values import counts, wholes
@@ -595,6 +596,33 @@ def test_every_number_of_a_profile_has_a_source(run: Run) -> None:
     [name, *_] = [row["name"] for row in json.loads(run("hardware", "-o", "json"))]
     rows = json.loads(run("hardware", name, "-o", "json"))
     assert {row["source"] for row in rows} <= {"measured", "published", "datasheet", "estimated"}
+
+
+def test_a_machine_of_parts_is_written_and_planned_for(run: Run, world: World, tmp_path: Path) -> None:
+    file = tmp_path / "hw.json"
+    parts = ("--gpu", "rtx4090", "--cpu", "ryzen7950x", "--pcie", "4x16", "--dram", "80GB/s")
+    run("hardware", *parts, "--set", "vram_GiB=16", "--out", str(file), "-q")
+    made = load_profile(file)
+    assert (made.peak("CPU").bytes_per_s, made.vram_bytes) == (80e9, 16 * 2**30)
+    assert made.peak("H2D") == hardware("rtx4090+ryzen7950x+pcie4x16").peak("H2D")
+    assert run("plan", "-q", "-m", "{model}", "--hardware", str(file), "-p", "8", "-n", "2", "--policy", "cpu-only")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--gpu", "rtx4090"), "found --gpu; give a profile's NAME, or --gpu and --cpu"),
+        (("--set", "vram_GiB=16"), "found no machine; give a profile's NAME"),
+        (("rtx4090-ryzen7950x", "--pcie", "4x8"), "found both 'rtx4090-ryzen7950x' and --pcie"),
+        (("--gpu", "rtx1", "--cpu", "ryzen7950x"), "no GPU 'rtx1'; known: "),
+        (("--gpu", "rtx4090", "--cpu", "ryzen7950x", "--pcie", "9x16"), "no link 'pcie9x16'; known: "),
+        (("--gpu", "rtx4090", "--cpu", "ryzen7950x", "--dram", "80"), "'80' is not a bandwidth; write it like 80GB/s"),
+        (("rtx4090-ryzen7950x", "--set", "dram"), "'dram' is not KEY=VALUE"),
+        (("rtx4090-ryzen7950x", "--set", "watts=1"), "no figure 'watts' to override"),
+    ],
+)
+def test_a_machine_that_cannot_be_put_together_is_refused(refuse: Run, words: tuple[str, ...], says: str) -> None:
+    assert says in refuse("hardware", *words)
 
 
 def test_a_models_parts_add_up(run: Run, world: World) -> None:

@@ -151,7 +151,7 @@ def test_a_profile_survives_its_file(tmp_path):
 
 def test_fields_that_came_later_may_be_absent(tmp_path):
     value = document()
-    del value["sources"], value["notes"], value["contention"], value["handoff_repeats"]
+    del value["sources"], value["notes"], value["handoff_repeats"]
     del value["peaks"]["CPU"]["sources"], value["curves"][0]["laws"], value["curves"][0]["samples"][0]["outliers"]
     assert load_profile(written(tmp_path, value)).notes == ()
 
@@ -185,6 +185,9 @@ def put(value: Any, path: str, new: Any) -> None:
         ("schema", "scheinfer.plan", "schema is 'scheinfer.plan', expected 'scheinfer.hardware'"),
         ("version", 0, "version 0 of scheinfer.hardware, this program reads version 1; write it anew"),
         ("vram_bytes", ..., "hw.json: field 'vram_bytes' is missing"),
+        ("curves", ..., "hw.json: field 'curves' is missing; write it, empty if nothing is known"),
+        ("handoff_s", ..., "hw.json: field 'handoff_s' is missing"),
+        ("contention", ..., "hw.json: field 'contention' is missing"),
         ("vram_bytes", "24GiB", "hw.json.vram_bytes: expected a whole number, found '24GiB'"),
         ("vram_bytes", -1, "hw.json: vram_bytes must not be negative"),
         ("vram_GiB", 24, "hw.json: unknown field 'vram_GiB'; known: name, device"),

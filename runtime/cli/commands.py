@@ -55,7 +55,15 @@ COMMANDS = (
         "hardware",
         "list hardware profiles, or show one with the source of every number",
         "runtime.cli.machine:hardware",
-        (Option(("name",), "profile to show: a listed name or a file", metavar="NAME"),),
+        (
+            Option(("name",), "profile to show: a listed name or a file", metavar="NAME"),
+            Option(("--gpu",), "or put one together: its GPU, such as rtx4090", metavar="PART"),
+            Option(("--cpu",), "and its CPU with memory, such as ryzen7950x", metavar="PART"),
+            Option(("--pcie",), "its link, such as 4x16", values.link, shown="the slower side's", metavar="PART"),
+            Option(("--dram",), "reading host memory, such as 80GB/s", values.bandwidth, shown="the CPU's figure"),
+            Option(("--set",), "what if: other figures, such as dram_read_GBps=160,vram_GiB=16", values.changes),
+            out("write the profile here, for --hardware of other commands"),
+        ),
     ),
     Command(
         "models",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from hwmodels.catalog import compose, with_overrides
 from hwmodels.catalog import hardware as find_hardware
 from hwmodels.catalog import names as hardware_names
 from hwmodels.errors import FormatError
@@ -94,13 +95,37 @@ def _measured(flags: Namespace) -> HardwareProfile:
 
 
 def hardware(flags: Namespace) -> None:
-    """List profiles, or show one."""
-    if flags.name is None:
+    """List profiles, or show one: by name or put together from parts, with other figures if asked."""
+    check_file(flags.out)
+    if not any((flags.name, *_parts(flags).values(), flags.set, flags.out)):
         emit(flags, [_profile_row(name) for name in hardware_names()], profile_rows.LIST_COLUMNS)
         return
-    profile = find_hardware(flags.name)
+    profile = with_overrides(_asked(flags), flags.set or {})
+    if flags.out is not None:
+        profile.save(flags.out)
+        note(flags, f"wrote {flags.out}: profile {profile.name} ({profile.id})")
     say(flags, "\n".join([_heading(profile), *profile.notes]))
     emit(flags, profile_rows.figure_rows(profile), profile_rows.COLUMNS)
+
+
+def _parts(flags: Namespace) -> dict[str, str | int | None]:
+    return {"--gpu": flags.gpu, "--cpu": flags.cpu, "--pcie": flags.pcie, "--dram": flags.dram}
+
+
+def _asked(flags: Namespace) -> HardwareProfile:
+    """The profile of a name or of parts; FormatError for both, neither or too few parts."""
+    given = [flag for flag, part in _parts(flags).items() if part is not None]
+    if flags.name is not None:
+        if given:
+            raise FormatError(
+                f"found both {flags.name!r} and {', '.join(given)}; give a name with --set, or parts alone"
+            )
+        return find_hardware(flags.name)
+    if flags.gpu is None or flags.cpu is None:
+        raise FormatError(f"found {', '.join(given) or 'no machine'}; give a profile's NAME, or --gpu and --cpu")
+    dram = None if flags.dram is None else f"dram_read_GBps={flags.dram / 1e9:g}"
+    name = "+".join(filter(None, (flags.gpu, flags.cpu, flags.pcie, dram)))
+    return compose(flags.gpu, flags.cpu, flags.pcie, flags.dram, name)
 
 
 def _heading(profile: HardwareProfile) -> str:

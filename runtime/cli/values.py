@@ -23,6 +23,38 @@ def size(text: str) -> int:
     return n_bytes
 
 
+def bandwidth(text: str) -> int:
+    """Bytes per second, written as a size per second.
+
+    >>> bandwidth("80GB/s")
+    80000000000
+    """
+    amount, slash, unit = text.partition("/")
+    if (slash, unit.strip()) != ("/", "s"):
+        raise FormatError(f"{text!r} is not a bandwidth; write it like 80GB/s")
+    return size(amount)
+
+
+def link(text: str) -> str:
+    """The name of a link: ``4x16`` is short for ``pcie4x16``."""
+    return f"pcie{text}" if text[:1].isdigit() else text
+
+
+def changes(text: str) -> dict[str, str]:
+    """Figures to change: a comma list of KEY=VALUE.
+
+    >>> changes("dram_read_GBps=160,vram_GiB=16")
+    {'dram_read_GBps': '160', 'vram_GiB': '16'}
+    """
+    found: dict[str, str] = {}
+    for item in names(text):
+        name, sign, value = item.partition("=")
+        if not (name.strip() and sign and value.strip()):
+            raise FormatError(f"{item!r} is not KEY=VALUE, such as dram_read_GBps=160")
+        found[name.strip()] = value.strip()
+    return found
+
+
 def sizes(text: str) -> tuple[int, ...]:
     """Sizes above zero: a comma list with ranges `first-last+step`.
 
