@@ -6,6 +6,7 @@ qwen2 qwen3
 mixtral             layer.mlp        block_sparse_moe.experts.E.{w1,w3,w2}       w1 gate, w3 up, w2 down
 phimoe              layer.mlp        as mixtral                                  module `router` is stored as `gate`
 qwen2_moe qwen3_moe layer.mlp        mlp.experts.E.{gate,up,down}_proj           some layers dense; qwen2_moe shares one
+olmoe               layer.mlp        as qwen3_moe                                every layer has experts
 
 Any of the MoE families may also be stored as transformers 5 keeps them in memory: all experts of a layer
 in `mlp.experts.gate_up_proj` [E, 2F, D] (gate rows first) and `mlp.experts.down_proj` [E, D, F].
@@ -30,7 +31,7 @@ FfnKind = Literal["dense", "experts"]
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 _MIXTRAL_LIKE = ("mixtral", "phimoe")
-RUNNABLE = ("llama", "mistral", "qwen2", "qwen3", *_MIXTRAL_LIKE, "qwen2_moe", "qwen3_moe")
+RUNNABLE = ("llama", "mistral", "qwen2", "qwen3", *_MIXTRAL_LIKE, "qwen2_moe", "qwen3_moe", "olmoe")
 
 
 class FfnKeys(NamedTuple):

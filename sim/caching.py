@@ -123,7 +123,7 @@ class CacheState:
                 break
             part = Part(expert, gg[expert], columns, routing[expert], self._put(layer, expert))
             fetched.append(Fetch(part, evicted))
-        self._remember(layer, routing)
+        self._remember(layer, routing, used)
         parts = tuple(Part(e, gg[e], columns, routing[e], pool[layer, e]) for e in hits)
         on_host = set(cached).difference(hits)
         return Use(parts, tuple(fetched), frozenset(self.kept.get(layer, ())).difference(on_host))
@@ -173,14 +173,13 @@ class CacheState:
         layer, expert = key
         return float(self.scores[layer][expert]) if layer in self.scores else 0.0
 
-    def _remember(self, layer: int, routing: Routing) -> None:
+    def _remember(self, layer: int, routing: Routing, used: Sequence[int]) -> None:
         if self.cache.rule == "score":
             shares = np.array(routing) / sum(routing)
             self.scores[layer] = _SCORE_KEPT * self.scores.get(layer, 0.0) + (1 - _SCORE_KEPT) * shares
             return
-        for expert, n_tokens in enumerate(routing):
-            if n_tokens:
-                self.last_use[layer, expert] = self.now
+        for expert in used:
+            self.last_use[layer, expert] = self.now
 
 
 def balanced(

@@ -184,11 +184,18 @@ def routed_mlp_s(
     sim.compile's issue order: sends through the slots, each followed by its cg; the CPU's part beside.
     """
     run = _RoutedLayer(prices, layer, gg, routing, sendings)
-    alone_s = run.go(run.cc_s, np.ones(run.shape), np.ones(run.shape))
     if slowed is None:
+        alone_s = run.go(run.cc_s, np.ones(run.shape), np.ones(run.shape))
         return alone_s, alone_s
     cc_s, gpu_s, send_s = slowed.beside(run.cc_s, run.gpu_s, run.sends_s)
-    return alone_s, run.go(cc_s, factor(gpu_s, run.gpu_s), factor(send_s, run.sends_s))
+    one = np.ones(run.shape)
+    # Both at once: these arrays are small, and numpy's calls would cost more than their arithmetic.
+    both = run.go(
+        np.stack((run.cc_s, cc_s)),
+        np.stack((one, factor(gpu_s, run.gpu_s))),
+        np.stack((one, factor(send_s, run.sends_s))),
+    )
+    return both[0], both[1]
 
 
 def factor(slowed_s: Seconds, alone_s: Seconds) -> Seconds:
@@ -263,11 +270,14 @@ class _RoutedLayer:
         return self.gg_s + self.cgs_s
 
     def go(self, cc_s: Seconds, gpu_factor: Seconds, send_factor: Seconds) -> Seconds:
-        """Seconds to the end of the join, with the GPU's and the link's tasks stretched by their factors."""
+        """Seconds to the end of the join, with the GPU's and the link's tasks stretched by their factors.
+
+        Arrays are [..., u, s].
+        """
         prices, lag_s = self.prices, self.prices.lag_s
         gpu_free = np.where(self.has_gg, lag_s("GPU", "GPU") + self.gg_s * gpu_factor, 0.0)
-        link_free, n_sent = np.zeros(self.shape), np.zeros(self.shape, dtype=np.int64)
-        slots = _Slots(self.n_slots, self.shape)
+        link_free, n_sent = np.zeros(cc_s.shape), np.zeros(self.shape, dtype=np.int64)
+        slots = _Slots(self.n_slots, cc_s.shape)
         send_s = prices.send_s(self.layer)
         for n, where in self.sent:
             busy = where > 0
@@ -292,7 +302,7 @@ class _RoutedLayer:
 class _Slots:
     """When the slots of each candidate are free: ends of its last cg tasks, the latest last."""
 
-    def __init__(self, n_slots: Count, shape: tuple[int, int]) -> None:
+    def __init__(self, n_slots: Count, shape: tuple[int, ...]) -> None:
         self.most = int(n_slots.max())
         self.groups = [(n, np.flatnonzero(n_slots == n)) for n in sorted(set(n_slots.tolist()))]
         self.ends = [np.zeros(shape)] * self.most
@@ -303,7 +313,7 @@ class _Slots:
             return self.ends[0]
         free = np.empty_like(self.ends[0])
         for n, where in self.groups:
-            free[:, where] = self.ends[self.most - n][:, where]
+            free[..., where] = self.ends[self.most - n][..., where]
         return free
 
     def use(self, busy: Mask, end_s: Seconds) -> None:

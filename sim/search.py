@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sim.compile import compile_step
 from sim.cost import price
@@ -132,7 +133,7 @@ class _Search:
         self.reference = _Reference(problem, contention)
         self.bounds: list[Seconds] = []
         self.promising: list[_Candidate] = []
-        self.simulated: set[str] = set()
+        self.simulated: set[Hashable] = set()
         self.best_s = math.inf
         self.winners: list[Winner] = []
 
@@ -154,7 +155,7 @@ class _Search:
         bound_s, estimate_s = self.pricer.times(part, decode, prompt)
         self.bounds.append(bound_s[np.isfinite(bound_s)])
         flat = estimate_s.ravel()
-        chosen = np.argsort(flat, kind="stable")[:_KEPT_PER_BRANCH]
+        chosen = _smallest(flat, _KEPT_PER_BRANCH)
         found = []
         for k in chosen[np.isfinite(flat[chosen])]:
             i, d, p = np.unravel_index(k, estimate_s.shape)
@@ -169,11 +170,11 @@ class _Search:
             if candidate.bound_s >= self.best_s * _EQUAL:
                 continue
             plan = _plan(self.problem, self.policy, candidate)
-            if plan.id in self.simulated:
+            if plan.decisions in self.simulated:
                 continue
             if len(self.simulated) - n_before == most:
                 break
-            self.simulated.add(plan.id)
+            self.simulated.add(plan.decisions)
             seconds = self.reference.total_s(plan)
             if seconds < self.best_s * _EQUAL:
                 self.best_s, best = seconds, Winner(plan, candidate.branch)
@@ -194,9 +195,17 @@ class _Search:
         settled = (
             c.bound_s
             for c in self.promising
-            if c.bound_s in below and _plan(self.problem, self.policy, c).id in self.simulated
+            if c.bound_s in below and _plan(self.problem, self.policy, c).decisions in self.simulated
         )
         return np.array(list((below - Counter(settled)).elements()))
+
+
+def _smallest(values: Seconds, n: int) -> NDArray[np.int64]:
+    """Positions of the n smallest values in order, the first of equals first: sorting all would take longest."""
+    few = np.arange(len(values))
+    if len(values) > n:
+        few = np.flatnonzero(values <= np.partition(values, n - 1)[n - 1])
+    return few[np.argsort(values[few], kind="stable")][:n]
 
 
 def _best_branches(candidates: list[_Candidate]) -> list[_Candidate]:

@@ -72,8 +72,12 @@ def forecast(
     workload: Workload,
     contention: bool = True,
     routing: RoutingTrace | None = None,
+    n_decode: int = 8,
+    ttft_s: float | None = None,
 ) -> Prediction:
-    """What `simulate` would say of a workload's speed, from the prefill and a few decode steps.
+    """What `simulate` would say of a workload's speed, from the prefill and n_decode decode steps.
+
+    ttft_s is the prefill's time where it is known already.
 
     The time of a decode step is fitted linearly to its depth and to what its routing asks of the CPU and
     of the link, and what the fit leaves is interpolated over depth: the routing of all steps is cheap to
@@ -84,17 +88,18 @@ def forecast(
     check_plan(plan, spec)
     where = routing_of(spec, workload, routing)
     rates = profile.rates if contention else None
-    prefill, *decode = representative(workload)
+    prefill, *decode = representative(workload, n_decode)
     counted = _spread(workload.steps()[1:], 128)
     walk = _walk(spec, plan, workload, where, routing)
     caches: dict[str, CacheState] = {}
     rows: dict[str, _Row] = {}
+    known: _Known = {}
     for step in sorted({prefill, *decode, *counted}, key=lambda s: s.kv_tokens) if plan.cache is not None else ():
         cache = walk.before(step)
         assert cache is not None, "the plan has a cache"
         if step in (prefill, *decode):
             caches[step.name] = cache.copy()
-        rows[step.name] = _cached_row(step, cache, spec, plan, profile, where)
+        rows[step.name] = _cached_row(step, cache, spec, plan, profile, where, known)
 
     def wall_s(step: Step) -> float:
         graph = compile_step(spec, plan, step, where, caches.get(step.name))
@@ -105,7 +110,7 @@ def forecast(
             return np.array([rows[step.name] for step in steps])
         return _demand(steps, spec, plan, profile, where)
 
-    ttft_s, tpot_s = wall_s(prefill), 0.0
+    ttft_s, tpot_s = wall_s(prefill) if ttft_s is None else ttft_s, 0.0
     if decode:
         tpot_s = _mean_s(demand(decode), [wall_s(step) for step in decode], demand(counted))
     return Prediction(ttft_s, tpot_s, prefill.n_tokens / ttft_s, workload.batch / tpot_s if tpot_s else 0.0)
@@ -150,12 +155,19 @@ def _demand(steps: Sequence[Step], spec: ModelSpec, plan: Plan, profile: Hardwar
 
 
 _Row = tuple[float, float, float, float]
+_Known = dict[tuple[int, int, int, int], tuple[float, float]]
 
 
 def _cached_row(
-    step: Step, cache: CacheState, spec: ModelSpec, plan: Plan, profile: HardwareProfile, where: RoutingOf
+    step: Step,
+    cache: CacheState,
+    spec: ModelSpec,
+    plan: Plan,
+    profile: HardwareProfile,
+    where: RoutingOf,
+    known: _Known,
 ) -> _Row:
-    """A row of `_demand` for a plan with an expert cache, which advances by the step."""
+    """A row of `_demand` for a plan with an expert cache, which advances by the step; known keeps experts' times."""
     tier = plan.tier(step.n_tokens)
     seconds = dict.fromkeys(("CPU", "H2D"), 0.0)
     for i, (layer, part) in enumerate(zip(spec.layers, plan.layers, strict=True)):
@@ -166,9 +178,13 @@ def _cached_row(
             use = cache.use(i, tier, part.gg, columns, routing)
             for fetch in use.fetched:
                 seconds["H2D"] += _send_s(spec, plan, profile, i, columns - fetch.part.start)
-        for expert, n_tokens in enumerate(routing):
-            if n_tokens and expert not in use.experts:
-                cpu_s, link_s = _expert_s(spec, plan, profile, step, i, part.gg[expert], n_tokens)
+        for expert in np.flatnonzero(routing).tolist():
+            if expert not in use.experts:
+                n_tokens = routing[expert]
+                key = (i, part.gg[expert], n_tokens, tier.max_tokens)
+                if key not in known:
+                    known[key] = _expert_s(spec, plan, profile, step, i, part.gg[expert], n_tokens)
+                cpu_s, link_s = known[key]
                 seconds["CPU"] += cpu_s
                 seconds["H2D"] += link_s
     return 1.0, float(step.kv_tokens), seconds["CPU"], seconds["H2D"]

@@ -12,6 +12,7 @@ from sim.placement import ORDERS, Filling, Order, Unit, granule
 from sim.plan import LayerPartition, Place, Plan
 from sim.policies.problem import Problem
 
+_MANY_EXPERTS = 32
 _FINEST_LEVELS, _FINEST_AHEAD = 512, 32
 """Spaces up to these sizes are searched whole, larger ones in steps and then finely around the best."""
 
@@ -188,7 +189,8 @@ def _sendings(problem: Problem, n_tokens: int) -> tuple[Sending, ...]:
     found += [Sending(ahead=columns, n_slots=2) for columns in _cuts(problem, most)]
     if routed.is_moe:
         thresholds = sorted({1, *(2**i for i in range(1, 14) if 2**i <= n_tokens)})
-        slots = (2,) if n_tokens == problem.workload.batch else (2, 4)
+        # Tables grow with experts: of many, other numbers of slots are tried around the best only (`finer`).
+        slots = (2,) if n_tokens == problem.workload.batch or routed.n_experts > _MANY_EXPERTS else (2, 4)
         found += [Sending(min_tokens=t, n_slots=s) for t in thresholds for s in slots]
         parts = [c for c in _cuts(problem, 12) if c < _widest(problem)]
         found += [Sending(min_tokens=1, columns=c, n_slots=s) for c in parts for s in slots]
@@ -203,10 +205,11 @@ def finer(problem: Problem, sending: Sending) -> tuple[Sending, ...]:
     if sending.ahead:
         near = {min(max(sending.ahead + k * step, step), columns) for k in reach}
         return tuple(replace(sending, ahead=a) for a in sorted(near))
+    slots = sorted({sending.n_slots, 2, 4})
     if sending.columns is not None:
         near = {min(max(sending.columns + k * step, step), columns) for k in reach}
-        return tuple(replace(sending, columns=c) for c in sorted(near))
+        return tuple(replace(sending, columns=c, n_slots=n) for c in sorted(near) for n in slots)
     if sending.min_tokens is not None:
         least = {max(1, round(sending.min_tokens * 2 ** (k / 4))) for k in reach}
-        return tuple(replace(sending, min_tokens=t) for t in sorted(least))
+        return tuple(replace(sending, min_tokens=t, n_slots=n) for t in sorted(least) for n in slots)
     return (sending,)

@@ -34,6 +34,8 @@ class StepTimes:
     def __post_init__(self) -> None:
         self._routed: dict[object, tuple[Seconds, Seconds]] = {}
         self._ahead: dict[object, AheadCosts] = {}
+        self._chains_s: dict[tuple[int, Place], float] = {}
+        self._cpu_mlps_s: dict[int, float] = {}
 
     def seconds(
         self, filling: Filling, ends: Place, levels: Count, sendings: Sequence[Sending], contended: bool = False
@@ -68,7 +70,10 @@ class StepTimes:
     def _sum(
         self, filling: Filling, ends: Place, units: Count, sendings: tuple[Sending, ...], contended: bool
     ) -> Seconds:
-        total = np.full((len(units), len(sendings)), self._chain_s(filling.first_layer, ends))
+        chain = filling.first_layer, ends
+        if chain not in self._chains_s:
+            self._chains_s[chain] = self._chain_s(*chain)
+        total = np.full((len(units), len(sendings)), self._chains_s[chain])
         for layer in range(filling.first_layer, self.prices.spec.n_layers):
             kind, rows, which = self._placements(filling, layer, units)
             key = (kind, sendings)
@@ -157,6 +162,11 @@ class StepTimes:
         return self.prices.spec.attention_work(layer, step.n_tokens, step.kv_tokens, step.batch)
 
     def _cpu_mlp_s(self, layer: int) -> float:
+        if layer not in self._cpu_mlps_s:
+            self._cpu_mlps_s[layer] = self._whole_mlp_s(layer)
+        return self._cpu_mlps_s[layer]
+
+    def _whole_mlp_s(self, layer: int) -> float:
         every = self.prices.at(layer, np.array([self.prices.spec.layers[layer].ffn.columns]))
         return float(sum(self.prices.ffn_s("CPU", layer, n)[every[0]] for n in self.routing[layer] if n))
 

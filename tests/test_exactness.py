@@ -139,7 +139,10 @@ def test_bfloat16_logits_lie_within_the_spread_of_hugging_face_implementations(
     family: str, tiny_checkpoint: TinyCheckpoint
 ) -> None:
     # grouped_mm wants rows of multiples of 16 bytes
-    widths = {"intermediate_size": 48} | ({"moe_intermediate_size": 24} if family in ("qwen2_moe", "qwen3_moe") else {})
+    widths: dict[str, int | None] = {"intermediate_size": 48}
+    widths |= {"moe_intermediate_size": 24} if family in ("qwen2_moe", "qwen3_moe") else {}
+    if family == "olmoe":
+        widths["clip_qkv"] = None  # a clipped row brings two experts so near to each other that rounding chooses
     folder, ids = tiny_checkpoint(family, **widths), tokens(37, 3)
     spec = spec_of(folder, "bfloat16")
     theirs = [logits(model, ids).float() for model in implementations(folder, spec)]

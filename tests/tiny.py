@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "phimoe")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe")
 
 # Sizes are all different, so that no two can be mistaken for each other.
 _COMMON: dict[str, Any] = {
@@ -44,6 +44,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "decoder_sparse_step": 2,
     },
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 2.0},
     "phimoe": {"num_local_experts": 5, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
 }
 

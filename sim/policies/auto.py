@@ -8,8 +8,9 @@ Bytes over PCIe: as the plan says; sending nothing is a candidate for decode and
 Compute site: as the plan says.
 Dispatch rule: as scheinfer's, or the winning policy's.
 Overlap: as scheinfer's, or the winning policy's.
-Cache and prefetch: as scheinfer's; or a least-recently-used cache of experts, of each layer or of all, whose misses
-    are sent in the share that lets link and CPU end together, or as two clocks say; or the winning policy's.
+Cache and prefetch: as scheinfer's; or a least-recently-used cache of experts, of all layers with misses sent in the
+    share that lets link and CPU end together, or of each layer with misses sent as two clocks say; or the winning
+    policy's.
 Derived by us: everything; no plan of another policy is faster in simulation, since all are compared.
 """
 
@@ -43,8 +44,6 @@ from sim.space import Branch, further_space, paper_space, same_space
 from sim.workload import Workload
 
 NAME = "auto"
-
-_SCOPES: tuple[CacheScope, ...] = ("layer", "model")
 
 OTHERS: dict[str, Policy] = {
     module.NAME: module.propose
@@ -109,8 +108,8 @@ def _followed(propose: Policy, problem: Problem) -> Plan:
 
 
 def _cached(prompt: Tier) -> list[Rule]:
-    """Experts in a cache in decode, prompts sent as the search found best; a cache for each layer or for all."""
-    return [partial(_lru_plan, prompt, scope, balanced) for balanced in (False, True) for scope in _SCOPES]
+    """Experts in a cache in decode, prompts sent as the search found best; a cache for all layers or for each."""
+    return [partial(_lru_plan, prompt, "model", False), partial(_lru_plan, prompt, "layer", True)]
 
 
 def _lru_plan(prompt: Tier, scope: CacheScope, balanced: bool, problem: Problem) -> Plan:

@@ -9,7 +9,7 @@ Compute site: GPU, always.
 Dispatch rule: experts in the cache first, then the missed ones as they arrive.
 Overlap: with b spare buffers the next misses are sent while an expert computes.
 Cache and prefetch: least recently used, per layer, the same k for each.
-Derived by us: k is what fits, b the best of 1, 2 and 4 in simulation. Misses of a step that find all k slots in
+Derived by us: k is what fits, b the better of 1 and 4 in simulation. Misses of a step that find all k slots in
     use pass through as many buffers without being kept, and host memory holds all experts: both spare it copies
     back that the source makes. Its 2 to 4 bit weights change the model's function; here they keep the model's dtype.
 """
@@ -35,7 +35,7 @@ def propose(spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, w
     need_experts(problem, NAME)
     return problem.best(
         partial(largest_cache, problem, NAME, _tiers(problem, n_spare), partial(_cache, problem, n_spare))
-        for n_spare in (1, 2, 4)
+        for n_spare in (1, 4)
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hwmodels.errors import PlanError
@@ -15,6 +15,8 @@ from sim.plan import LayerPartition, Place, Plan, Prediction, Tier, check_plan
 from sim.simulate import forecast
 from sim.workload import Workload
 
+_FEW_STEPS, _SHORT, _NEAR = 3, 24, 1.03
+
 Policy = Callable[[ModelSpec, HardwareProfile, int, Workload], Plan]
 """A named rule: propose(spec, profile, vram_budget_bytes, workload) -> Plan; PlanError if none fits."""
 
@@ -24,6 +26,7 @@ class Tried:
     """A plan with its prediction, seconds of the whole generation, and which of the plans offered it was."""
 
     plan: Plan
+    prediction: Prediction
     total_s: float
     index: int
 
@@ -136,23 +139,43 @@ class Problem:
         return self.tried(plans)[0].plan
 
     def tried(self, plans: Iterable[Callable[[], Plan]]) -> list[Tried]:
-        """Different plans that fit, the shortest simulated generation first; PlanError if none fits."""
+        """Different plans that fit, the shortest simulated generation first; PlanError if none fits.
+
+        All are forecast from few decode steps of a short generation, as if a long one went on so; those that come
+        near the best so are forecast as they are.
+        """
         found: list[Tried] = []
         reasons: list[PlanError] = []
-        known: set[str] = set()
+        known: set[Hashable] = set()
         for i, make in enumerate(plans):
             try:
                 plan = self.checked(make())
             except PlanError as error:
                 reasons.append(error)
                 continue
-            if plan.id not in known:
-                known.add(plan.id)
-                prediction = forecast(self.spec, plan, self.profile, self.workload)
-                found.append(Tried(plan.with_prediction(prediction), total_s(prediction, self.workload), i))
+            if plan.decisions not in known:
+                known.add(plan.decisions)
+                found.append(self._tried(plan, i))
         if not found:
             raise reasons[0]
+        near_s = min(tried.total_s for tried in found) * _NEAR
+        found = [self._again(tried) if tried.total_s <= near_s else tried for tried in found]
         return sorted(found, key=lambda tried: tried.total_s)
+
+    def _tried(self, plan: Plan, index: int) -> Tried:
+        """By the plan's own prediction, if it is for this machine, else by a rough one."""
+        plan = replace(plan, prediction=None) if plan.profile_id != self.profile.id else plan
+        short = replace(self.workload, n_gen=min(self.workload.n_gen, _SHORT))
+        prediction = plan.prediction or forecast(self.spec, plan, self.profile, short, n_decode=_FEW_STEPS)
+        return Tried(plan, prediction, total_s(prediction, self.workload), index)
+
+    def _again(self, tried: Tried) -> Tried:
+        """With a prediction for the whole workload."""
+        rough, plan = tried.prediction, tried.plan
+        if plan.prediction is not None:
+            return tried
+        prediction = forecast(self.spec, plan, self.profile, self.workload, ttft_s=rough.ttft_s)
+        return Tried(plan.with_prediction(prediction), prediction, total_s(prediction, self.workload), tried.index)
 
 
 def _tidy(spec: ModelSpec, plan: Plan, tier: Tier) -> Tier:
