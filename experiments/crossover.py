@@ -12,7 +12,7 @@ during attention, which makes it shorter again.
 A rule of thumb: weights of b bytes are sent in b / L seconds and computed for S tokens in 2 S / P seconds, so they
 cross at S = b P / 2 L. It needs the CPU to compute and not to read, and the GPU to be hidden behind the link.
 
-One should see 10 to 20 tokens for one expert on most hosts and 120 to 130 on the one whose CPU multiplies bfloat16,
+One should see 11 to 21 tokens for one expert on most hosts and 123 to 132 on the one whose CPU multiplies bfloat16,
 3 to 21 % above the rule of thumb; a dense model's prompt at the same length, and prompts of models with experts
 3.5 to 15 times as long.
 """
