@@ -1,6 +1,6 @@
 """Which part of a machine would make generation faster if it were replaced?
 
-    python -m experiments.what_if            4 minutes on one core; writes experiments/results/what_if/
+    python -m experiments.what_if            over 5 minutes on a core; writes experiments/results/what_if/
     python -m experiments.what_if --smoke    3 s: one machine, a small model; writes nowhere unless --out is given
 
 Host memory, link and arithmetic of the CPU at half, twice and four times their rates, device memory at half, twice
