@@ -8,8 +8,8 @@ and three times its size, one at a time; each changed machine gets a plan of its
 and 128 generated tokens, in 16 bits) and is compared with the machine as it is. Machines are put together from
 published figures, so a faster link or memory also changes what both get beside each other. In simulation.
 
-One should see device memory and host memory decide decode, the link and the CPU's arithmetic decide prompts, and
-the gain of doubling anything stay below two.
+Expected, and not run in full so far: device memory and host memory decide decode, the link and the CPU's arithmetic
+decide prompts, and the gain of doubling anything stays below two.
 """
 
 from __future__ import annotations
