@@ -8,7 +8,14 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from sim.model import ModelSpec
-from sim.plan import Balance, ExpertCache, Plan, Tier
+from sim.plan import Balance, CacheScope, ExpertCache, Plan, Tier
+
+
+def with_cache(plan: Plan, scope: CacheScope, n_slots: int = 2) -> Plan:
+    """The plan with a cache that takes every miss; of layers' own ones, a copy of what leaves goes back."""
+    own = scope == "layer"
+    cache = ExpertCache(scope, "lru", n_slots, (), n_spare=int(own), writeback=own)
+    return replace(plan, cache=cache, tiers=tuple(replace(tier, fetch_share=1.0) for tier in plan.tiers))
 
 
 @st.composite

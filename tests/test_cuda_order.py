@@ -13,6 +13,7 @@ from runtime.devices.cuda import CudaDevice
 from sim.model import ModelSpec
 from sim.plan import LayerPartition, Place, Plan
 from sim.workload import Workload
+from tests.caches import with_cache
 from tests.conftest import TinyCheckpoint
 from tests.planned import greedy, loaded, plan_for, shares, spec_of, three_ways, whole_experts
 from tests.races import FakeStream, Races, Watch, install
@@ -26,6 +27,8 @@ PLANS: dict[str, Callable[[ModelSpec], Plan]] = {
     "sent after the router, one slot": lambda spec: shares(spec, 0.3, stream_min_tokens=1, n_slots=1),
     "sent after the router in part, two slots": lambda spec: shares(spec, 0.3, stream_min_tokens=1, stream_columns=5),
     "all sent ahead": lambda spec: shares(spec, ahead=1.0),
+    "cache of experts": lambda spec: with_cache(shares(spec, stream_min_tokens=1, n_slots=1), "model"),
+    "cache of experts, written back": lambda spec: with_cache(shares(spec, stream_min_tokens=1), "layer"),
     "all on the CPU": lambda spec: shares(spec),
     "all on the device": lambda spec: shares(spec, gg=1.0),
 }
@@ -37,6 +40,7 @@ def run(folder: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch, planted: bool
     planted: a wait was left out on purpose, so that tokens and order may come out wrong.
     """
     expected = greedy(eager(folder), tokens(5), 3)
+    monkeypatch.setenv("SCHEINFER_KERNEL", "torch")  # the clocks see what torch reads and writes
     races = install(monkeypatch)
     monkeypatch.setattr(session, "open_device", lambda name, vram, threads: CudaDevice(0, vram, threads))
     with loaded(folder, plan, device="cuda:0") as model, Watch(races):
