@@ -102,20 +102,25 @@ def plan(
     n_depth: int = 0,
     seed: int = 0,
     skew: float | tuple[float, ...] = 0.0,
+    pin: str | Sequence[str] = (),
 ) -> Plan:
     """The plan that a policy makes for a workload; PlanError if nothing fits.
 
     vram_budget is a size such as "8GiB" or bytes (None: all that the profile has); skew is the Zipf
     exponent of expert popularity that routing is sampled with, or several that layers take in turn.
+    pin, such as ["layers.0.mlp=gpu"], decides parts of a plan by auto or scheinfer: REGEX=gpu|cpu|stream of whole
+    unit names (sim.pins).
     """
     from hwmodels.units import parse_size
     from sim import planner
+    from sim.pins import parse_pins
     from sim.workload import Workload, check_context
 
     workload = Workload(n_prompt, n_gen, batch, n_depth, seed, skew)
     check_context(spec, workload)
     budget = hardware.vram_bytes if vram_budget is None else parse_size(vram_budget, "vram_budget")
-    return planner.plan(spec, hardware, budget, workload, policy)
+    pins = [one for text in ([pin] if isinstance(pin, str) else pin) if text for one in parse_pins(text)]
+    return planner.plan(spec, hardware, budget, workload, policy, pins)
 
 
 def simulate(

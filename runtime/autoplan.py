@@ -16,6 +16,7 @@ from runtime.cache import cached_profile, profile_path
 from runtime.devices import device_name
 from sim import planner
 from sim.model import ModelSpec
+from sim.pins import Pin
 from sim.plan import Plan
 from sim.workload import Workload
 
@@ -38,6 +39,7 @@ class Request:
     host_budget_bytes: int | None = None
     hardware: str | None = None
     cpu_threads: int | None = None
+    pins: tuple[Pin, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def choose_plan(request: Request, progress: bool, tell: Tell) -> Choice:
     """
     profile = choose_profile(request, progress, tell)
     budget = choose_budget(request, tell)
-    plan = planner.plan(request.spec, profile, budget, request.workload, request.policy)
+    plan = planner.plan(request.spec, profile, budget, request.workload, request.policy, request.pins)
     tell(f"plan: {plan.policy} {plan.id}, for {format_bytes(budget)} on the {profile.device} device")
     return Choice(plan, profile, budget)
 

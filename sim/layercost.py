@@ -34,16 +34,27 @@ class Sending:
     ahead        host columns of every expert, one layer ahead through two slots
     min_tokens   else: experts with at least so many tokens, after the router
     columns      of these, so many of their host columns; None: all
+    fixed        (layer, columns) of layers that differ in what they send ahead
     """
 
     ahead: int = 0
     min_tokens: int | None = None
     columns: int | None = None
     n_slots: int = 0
+    fixed: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sends_ahead(self) -> bool:
+        """Whether any layer's columns are sent ahead."""
+        return self.ahead > 0 or any(columns for _, columns in self.fixed)
+
+    def ahead_of(self, layer: int) -> int:
+        """Host columns of every expert of a layer that are sent ahead, at most."""
+        return dict(self.fixed).get(layer, self.ahead) if self.fixed else self.ahead
 
     def tier(self, spec: ModelSpec, name: str, max_tokens: int) -> Tier:
         """An overlapping tier that sends so."""
-        ahead = tuple(min(self.ahead, la.ffn.columns) for la in spec.layers)
+        ahead = tuple(min(self.ahead_of(i), la.ffn.columns) for i, la in enumerate(spec.layers))
         return Tier(name, max_tokens, True, ahead, self.min_tokens, self.n_slots, self.columns)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.model import ModelSpec
+from sim.pins import NO_PINS, Pins
 from sim.plan import LayerPartition
 from sim.workload import Workload, popularity
 
@@ -52,20 +53,35 @@ def popularity_ranks(spec: ModelSpec, workload: Workload, layer: int) -> NDArray
 
 @dataclass(frozen=True)
 class Filling:
-    """One order of units for a model; layers below first_layer get none (they live on the CPU)."""
+    """One order of units for a model. Layers on the CPU (below first_layer, or pinned) and pinned units get none."""
 
     spec: ModelSpec
     workload: Workload
     unit: Unit
     order: Order
     first_layer: int = 0
+    pins: Pins = NO_PINS
+
+    def on_cpu(self, layer: int) -> bool:
+        """Whether a layer lives on the CPU."""
+        return layer < self.first_layer or self.pins.of_rest(layer) == "cpu"
+
+    @property
+    def device_layers(self) -> list[int]:
+        """Layers that live on the device."""
+        return [i for i in range(self.spec.n_layers) if not self.on_cpu(i)]
+
+    def _pinned(self, layer: int) -> NDArray[np.bool_]:
+        n_experts = self.spec.layers[layer].ffn.n_experts
+        return np.array([to is not None for to in self.pins.of_experts(layer) or (None,) * n_experts])
 
     def units(self, layer: int) -> int:
-        """How many units a layer has."""
-        ffn = self.spec.layers[layer].ffn
-        if self.unit == "layers":
-            return 1
-        return ffn.n_experts if self.unit == "experts" else -(-ffn.columns // granule(ffn.columns))
+        """How many units a layer has that are not pinned."""
+        ffn, pins = self.spec.layers[layer].ffn, self.pins.of_experts(layer)
+        n_free = pins.count(None) if pins else ffn.n_experts
+        if self.unit == "layers" or n_free == 0:
+            return min(n_free, 1)
+        return n_free if self.unit == "experts" else -(-ffn.columns // granule(ffn.columns))
 
     def gg(self, layer: int, units: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """Resident columns of every expert, [u, expert], of a layer that holds its first units[u] units.
@@ -74,10 +90,18 @@ class Filling:
         """
         ffn = self.spec.layers[layer].ffn
         n_units = (np.arange(self.units(layer) + 1) if units is None else units)[:, None]
+        pinned = self._pinned(layer)
         if self.unit == "experts":
-            return np.where(popularity_ranks(self.spec, self.workload, layer) < n_units, ffn.columns, 0)
-        step = granule(ffn.columns) if self.unit == "columns" else ffn.columns
-        return np.repeat(np.minimum(n_units * step, ffn.columns), ffn.n_experts, axis=1)
+            ranks = popularity_ranks(self.spec, self.workload, layer)
+            among_free = np.argsort(np.argsort(np.where(pinned, ffn.n_experts, ranks), kind="stable"), kind="stable")
+            free = np.where(among_free < n_units, ffn.columns, 0)
+        else:
+            step = granule(ffn.columns) if self.unit == "columns" else ffn.columns
+            free = np.repeat(np.minimum(n_units * step, ffn.columns), ffn.n_experts, axis=1)
+        if not pinned.any():
+            return free
+        kept = np.array([ffn.columns if to == "gpu" else 0 for to in self.pins.of_experts(layer)])
+        return np.where(pinned, kept, free)
 
     @cached_property
     def sequence(self) -> NDArray[np.int64]:
@@ -89,7 +113,7 @@ class Filling:
             "last": [float(-i) for i in range(n)],
             "spread": [(i * _GOLDEN) % 1.0 for i in range(n)],
         }[self.order]
-        keys = [(rank[i], j / self.units(i), i) for i in range(self.first_layer, n) for j in range(self.units(i))]
+        keys = [(rank[i], j / self.units(i), i) for i in self.device_layers for j in range(self.units(i))]
         return np.array([i for _, _, i in sorted(keys)], dtype=np.int64)
 
     @cached_property
@@ -113,6 +137,6 @@ class Filling:
         """Placement of the first n_units units."""
         counts = np.bincount(self.sequence[:n_units], minlength=self.spec.n_layers)
         return tuple(
-            LayerPartition("CPU" if i < self.first_layer else "GPU", tuple(self.gg(i, counts[[i]])[0].tolist()))
+            LayerPartition("CPU" if self.on_cpu(i) else "GPU", tuple(self.gg(i, counts[[i]])[0].tolist()))
             for i in range(self.spec.n_layers)
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hwmodels.errors import PlanError
@@ -13,8 +13,9 @@ from sim.bounds import Bound, bound
 from sim.compile import compile_step
 from sim.memory import memory
 from sim.model import ModelSpec
+from sim.pins import Pin, pins_of
 from sim.plan import Plan, Prediction, Tier
-from sim.policies import POLICIES
+from sim.policies import DECIDERS, POLICIES
 from sim.policies import decide as decision_of
 from sim.policies.decision import Decision
 from sim.policies.problem import Problem, total_s
@@ -24,17 +25,26 @@ from sim.workload import Step, Workload
 
 
 def plan(
-    spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, workload: Workload, policy: str = "auto"
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    vram_budget_bytes: int,
+    workload: Workload,
+    policy: str = "auto",
+    pins: Sequence[Pin] = (),
 ) -> Plan:
     """The plan of a policy, checked, with its prediction by the reference engine.
 
-    Raises PlanError for a policy that is not known, and if no plan of it fits the budget or the host.
+    Raises PlanError for a policy that is not known, and if no plan of it fits the budget, the host or the pins.
     """
-    return decide(Problem(spec, profile, vram_budget_bytes, workload), policy).plan
+    return decide(Problem(spec, profile, vram_budget_bytes, workload, pins_of(spec, pins)), policy).plan
 
 
 def decide(problem: Problem, policy: str = "auto") -> Decision:
     """The same, with what became of the candidates where the policy searched."""
+    if problem.pins and policy not in DECIDERS:
+        raise PlanError(
+            f"policy {policy!r} takes no pins; use --policy {' or '.join(sorted(DECIDERS))}, or leave --pin out"
+        )
     decision = decision_of(policy, problem)
     made = problem.checked(decision.plan)
     predicted = _prediction(problem.spec, made, problem.profile, problem.workload)

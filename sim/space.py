@@ -9,7 +9,7 @@ import numpy as np
 from sim.layercost import Count, Sending
 from sim.memory import memory
 from sim.placement import ORDERS, Filling, Order, Unit, granule
-from sim.plan import LayerPartition, Place, Plan
+from sim.plan import Place, Plan
 from sim.policies.problem import Problem
 
 _MANY_EXPERTS = 32
@@ -65,10 +65,7 @@ def _units(problem: Problem) -> tuple[Unit, ...]:
 
 
 def _space(problem: Problem, kinds: list[_Kind]) -> Space:
-    branches = [
-        branch(problem, Filling(problem.spec, problem.workload, unit, order, first), ends)
-        for unit, order, first, ends in kinds
-    ]
+    branches = [branch(problem, _filling(problem, first, unit, order), ends) for unit, order, first, ends in kinds]
     return Space(tuple(b for b in branches if b is not None), decode_sendings(problem), prompt_sendings(problem))
 
 
@@ -87,22 +84,24 @@ def _fewest_on_cpu(problem: Problem) -> int:
     return next((first for first in range(n) if fixed_bytes(problem, first, "GPU") <= problem.vram_budget_bytes), n)
 
 
-def _bare(problem: Problem, first: int, ends: Place) -> Plan:
-    layers = [
-        LayerPartition("GPU" if i >= first else "CPU", (0,) * la.ffn.n_experts)
-        for i, la in enumerate(problem.spec.layers)
-    ]
-    return problem.plan("", layers, problem.both(problem.tier("", 1, overlap=True)), pinned=True, ends=ends)
+def _filling(problem: Problem, first: int, unit: Unit = "layers", order: Order = "even") -> Filling:
+    return Filling(problem.spec, problem.workload, unit, order, first, problem.pins)
+
+
+def _bare(problem: Problem, filling: Filling, ends: Place) -> Plan:
+    return problem.plan("", filling.layers(0), problem.both(problem.tier("", 1, overlap=True)), pinned=True, ends=ends)
 
 
 def fixed_bytes(problem: Problem, first: int, ends: Place) -> int:
-    """Device bytes of a frame before any MLP column is there."""
-    return memory(problem.spec, _bare(problem, first, ends)).vram_bytes
+    """Device bytes of a frame before any MLP column is there but those that are pinned."""
+    return memory(problem.spec, _bare(problem, _filling(problem, first), ends)).vram_bytes
 
 
 def branch(problem: Problem, filling: Filling, ends: Place) -> Branch | None:
-    """The levels of a filling that fit in device and host memory; None if there are none."""
-    need = memory(problem.spec, _bare(problem, filling.first_layer, ends))
+    """The levels of a filling that fit in device and host memory; None if there are none, or pins forbid it."""
+    if any(problem.pins.needs_device(layer) for layer in range(filling.first_layer)):
+        return None
+    need = memory(problem.spec, _bare(problem, filling, ends))
     fits = need.vram_bytes + filling.bytes_of <= problem.vram_budget_bytes
     fits &= need.host_bytes - filling.bytes_of <= problem.profile.host_bytes
     levels = np.flatnonzero(fits)
@@ -134,16 +133,18 @@ def slot_bytes(problem: Problem, filling: Filling, levels: Count, sendings: tupl
     spec, units = problem.spec, filling.per_layer(levels)
     largest = np.zeros((len(levels), len(sendings)), dtype=np.int64)
     tables: dict[object, Count] = {}
-    for layer in range(filling.first_layer, spec.n_layers):
-        kind = spec.layers[layer].ffn
-        if kind not in tables:  # how many columns are sent does not depend on whose they are
+    for layer in filling.device_layers:
+        kind, ahead = spec.layers[layer].ffn, tuple(s.ahead_of(layer) for s in sendings)
+        key = (kind, ahead, filling.pins.of_experts(layer))
+        if key not in tables:  # how many columns are sent does not depend on whose they are
             columns = kind.columns
             host = columns - filling.gg(layer)
             sent = [
-                np.minimum(host, s.ahead).sum(axis=1) if s.ahead else _routed_unit(host, s, columns) for s in sendings
+                np.minimum(host, most).sum(axis=1) if s.sends_ahead else _routed_unit(host, s, columns)
+                for s, most in zip(sendings, ahead, strict=True)
             ]
-            tables[kind] = np.stack(sent, axis=1) * spec.column_bytes(layer)
-        largest = np.maximum(largest, tables[kind][units[:, layer]])
+            tables[key] = np.stack(sent, axis=1) * spec.column_bytes(layer)
+        largest = np.maximum(largest, tables[key][units[:, layer]])
     return np.asarray(largest * np.array([s.n_slots for s in sendings]))
 
 
@@ -170,14 +171,35 @@ def _cuts(problem: Problem, most: int) -> list[int]:
 
 def decode_sendings(problem: Problem) -> tuple[Sending, ...]:
     """Nothing; columns ahead; for experts also columns of routed experts, and all of those with enough tokens."""
-    return _sendings(problem, problem.workload.batch)
+    return _allowed(problem, _sendings(problem, problem.workload.batch))
 
 
 def prompt_sendings(problem: Problem) -> tuple[Sending, ...]:
     """The same for a prompt; nothing where no step is one."""
     if problem.workload.n_prompt == 1:
-        return (Sending(),)
-    return _sendings(problem, problem.workload.n_prompt * problem.workload.batch)
+        return _allowed(problem, (Sending(),))
+    return _allowed(problem, _sendings(problem, problem.workload.n_prompt * problem.workload.batch))
+
+
+def _allowed(problem: Problem, sendings: tuple[Sending, ...]) -> tuple[Sending, ...]:
+    """Ways of sending that pins allow, or that they become: what pins say of a layer is sent ahead.
+
+    Beside a unit that the CPU always computes nothing is sent after the router, which sends any layer's experts.
+    """
+    fixed = problem.pins.sent_ahead(problem.spec)
+    if not fixed:
+        return sendings
+    streams, keeps = any(columns for _, columns in fixed), any(columns == 0 for _, columns in fixed)
+    found = []
+    for sending in sendings:
+        if sending.min_tokens is not None:
+            all_sent = sending.min_tokens == 1 and sending.columns is None
+            found += [sending] if not keeps and (all_sent or not streams) else []
+        elif sending.ahead or streams:
+            found.append(replace(sending, n_slots=2, fixed=fixed))
+        else:
+            found.append(sending)
+    return tuple(dict.fromkeys(found))
 
 
 def _sendings(problem: Problem, n_tokens: int) -> tuple[Sending, ...]:
@@ -199,6 +221,10 @@ def _sendings(problem: Problem, n_tokens: int) -> tuple[Sending, ...]:
 
 def finer(problem: Problem, sending: Sending) -> tuple[Sending, ...]:
     """Ways of sending that differ in few columns or tokens from one."""
+    return _allowed(problem, _finer(problem, sending))
+
+
+def _finer(problem: Problem, sending: Sending) -> tuple[Sending, ...]:
     columns = _widest(problem)
     step = granule(columns)
     reach = range(-4, 5)

@@ -34,7 +34,7 @@ class StepTimes:
     def __post_init__(self) -> None:
         self._routed: dict[object, tuple[Seconds, Seconds]] = {}
         self._ahead: dict[object, AheadCosts] = {}
-        self._chains_s: dict[tuple[int, Place], float] = {}
+        self._chains_s: dict[tuple[tuple[int, ...], Place], float] = {}
         self._cpu_mlps_s: dict[int, float] = {}
 
     def seconds(
@@ -46,12 +46,12 @@ class StepTimes:
         """
         units = filling.per_layer(levels)
         total = np.empty((len(levels), len(sendings)))
-        routed = [i for i, s in enumerate(sendings) if not s.ahead]
-        ahead = [i for i, s in enumerate(sendings) if s.ahead]
+        routed = [i for i, s in enumerate(sendings) if not s.sends_ahead]
+        ahead = [i for i, s in enumerate(sendings) if s.sends_ahead]
         if routed:
             total[:, routed] = self._sum(filling, ends, units, tuple(sendings[i] for i in routed), contended)
         if ahead:
-            total[:, ahead] = self._recur(filling, ends, units, tuple(sendings[i].ahead for i in ahead), contended)
+            total[:, ahead] = self._recur(filling, ends, units, tuple(sendings[i] for i in ahead), contended)
         return total
 
     def _placements(self, filling: Filling, layer: int, units: Count) -> tuple[object, Count, Count]:
@@ -62,7 +62,8 @@ class StepTimes:
         """
         ffn, column, n_units = self.prices.spec.layers[layer].ffn, units[:, layer], filling.units(layer)
         rows = np.arange(n_units + 1) if n_units <= _MOST_UNITS_PRICED_WHOLE else np.unique(column)
-        owner = layer if filling.unit == "experts" else None  # whose experts come first differs by layer
+        # Whose experts come first, and what is pinned, differs by layer.
+        owner = layer if filling.unit == "experts" or any(filling.pins.of_experts(layer)) else None
         return (filling.unit, ffn, self.routing[layer], rows.tobytes(), owner), rows, np.searchsorted(rows, column)
 
     # -- nothing sent ahead ---------------------------------------------------------------------------
@@ -70,11 +71,11 @@ class StepTimes:
     def _sum(
         self, filling: Filling, ends: Place, units: Count, sendings: tuple[Sending, ...], contended: bool
     ) -> Seconds:
-        chain = filling.first_layer, ends
+        chain = tuple(filling.device_layers), ends
         if chain not in self._chains_s:
-            self._chains_s[chain] = self._chain_s(*chain)
+            self._chains_s[chain] = self._chain_s(filling, ends)
         total = np.full((len(units), len(sendings)), self._chains_s[chain])
-        for layer in range(filling.first_layer, self.prices.spec.n_layers):
+        for layer in filling.device_layers:
             kind, rows, which = self._placements(filling, layer, units)
             key = (kind, sendings)
             if key not in self._routed:
@@ -83,12 +84,12 @@ class StepTimes:
             total += self._routed[key][contended][which]
         return total
 
-    def _chain_s(self, first_layer: int, ends: Place) -> float:
+    def _chain_s(self, filling: Filling, ends: Place) -> float:
         """Seconds of what no placement changes: embedding, attention, CPU layers, moves, head, sampling."""
         clock = _Clock(self.prices, np.zeros(1), ends)
         clock.run(ends, self._end("embed"))
         for layer in range(self.prices.spec.n_layers):
-            place: Place = "CPU" if layer < first_layer else "GPU"
+            place: Place = "CPU" if filling.on_cpu(layer) else "GPU"
             clock.move(place, self.step.n_tokens)
             clock.run(place, self._attention(layer))
             if place == "CPU":
@@ -98,12 +99,16 @@ class StepTimes:
 
     # -- columns sent ahead ---------------------------------------------------------------------------
 
-    def _recur(self, filling: Filling, ends: Place, units: Count, ahead: tuple[int, ...], contended: bool) -> Seconds:
-        clock = _Clock(self.prices, np.zeros((len(units), len(ahead))), ends)
+    def _recur(
+        self, filling: Filling, ends: Place, units: Count, sendings: tuple[Sending, ...], contended: bool
+    ) -> Seconds:
+        clock = _Clock(self.prices, np.zeros((len(units), len(sendings))), ends)
         link = _Link(self.prices, clock)
-        n_layers, first = self.prices.spec.n_layers, filling.first_layer
+        n_layers = self.prices.spec.n_layers
         costs = [
-            self._ahead_costs(filling, layer, units, ahead, contended) if layer >= first else None
+            None
+            if filling.on_cpu(layer)
+            else self._ahead_costs(filling, layer, units, tuple(s.ahead_of(layer) for s in sendings), contended)
             for layer in range(n_layers)
         ]
         clock.run(ends, self._end("embed"))

@@ -88,6 +88,7 @@ def test_a_layer_slides_where_its_cache_does(family: str, changes: dict[str, Any
 def test_sizes_agree_for_any_shape(
     family: str, heads: tuple[int, int], head_dim: int, columns: int, n_layers: int, vocab: int, tied: bool, bias: bool
 ) -> None:
+    head_dim = 24 // heads[0] if family == "olmoe" else head_dim  # its norms are as wide as the model
     config = tiny_config(
         family,
         hidden_size=24,

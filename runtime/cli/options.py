@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.cli import values
+from sim.pins import parse_pins
 
 FORMATS = ("md", "csv", "json", "jsonl")
 
@@ -119,6 +120,16 @@ ONE_SKEW = replace(
 POLICY = Option(("--policy",), "rule that makes the plan: auto, or a name below", metavar="NAME")
 POLICIES = Option(
     ("--policy",), "rules that make the plans, comma list, or all", values.names, shown="auto", metavar="NAMES"
+)
+PIN = Option(
+    ("--pin",),
+    "units that a plan by auto or scheinfer must keep on the device (gpu), compute on the CPU (cpu) or send in every "
+    "step (stream): comma list of REGEX=gpu|cpu|stream; REGEX matches a whole name such as layers.7.mlp, "
+    "layers.7.experts.3 or layers.7.attention",
+    parse_pins,
+    (),
+    "none",
+    metavar="PINS",
 )
 PLAN = Option(("--plan",), "plan file that `scheinfer plan` wrote, or auto", shown="auto: plan now", metavar="FILE")
 TRACE = Option(("--trace",), "write the timeline here, as Chrome trace JSON for Perfetto", values.path, metavar="FILE")

@@ -24,6 +24,7 @@ from sim.compare import Comparison
 from sim.compare import compare as compare_timelines
 from sim.export import EXPORTS
 from sim.model import ModelSpec
+from sim.pins import pins_of
 from sim.plan import Plan, Prediction, check_plan, load_plan
 from sim.policies.problem import Problem
 from sim.rows import Speeds, simulated_row
@@ -40,7 +41,7 @@ def plan(flags: Namespace) -> None:
     profile, workload = _profile(flags), _workload(flags)
     check_context(spec, workload)
     budget = flags.vram_budget or profile.vram_bytes
-    problem = Problem(spec, profile, budget, _with_room(workload, flags.ctx_size))
+    problem = Problem(spec, profile, budget, _with_room(workload, flags.ctx_size), pins_of(spec, flags.pin))
     decision = planner.decide(problem, flags.policy)
     made = decision.plan
     timeline = run_simulation(spec, made, profile, workload)
@@ -107,10 +108,17 @@ def _given_or_made(flags: Namespace, spec: ModelSpec, profile: HardwareProfile, 
             "--plan and --policy are both given; expected one of them (SCHEINFER_PLAN and SCHEINFER_POLICY count, too)"
         )
     if flags.plan is None:
-        return planner.plan(spec, profile, flags.vram_budget or profile.vram_bytes, workload, flags.policy or "auto")
+        budget = flags.vram_budget or profile.vram_bytes
+        return planner.plan(spec, profile, budget, workload, flags.policy or "auto", flags.pin)
+    _refuse_pins(flags)
     given = load_plan(flags.plan)
     check_plan(given, spec)
     return given
+
+
+def _refuse_pins(flags: Namespace) -> None:
+    if flags.pin:
+        raise FormatError("--plan and --pin are both given; a plan file is complete: leave --pin out, or plan anew")
 
 
 # -- compare ------------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ def _plan(flags: Namespace, source: Source, workload: Workload) -> Plan:
         flags.host_budget,
         flags.hardware,
         flags.threads,
+        getattr(flags, "pin", ()),
     )
     return choose_plan(request, progress=not flags.quiet, tell=lambda text: note(flags, text)).plan
 

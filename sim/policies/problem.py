@@ -10,6 +10,7 @@ from hwmodels.profile import HardwareProfile
 from hwmodels.units import format_bytes
 from sim.memory import check_memory, memory
 from sim.model import ModelSpec
+from sim.pins import NO_PINS, Pins, check_pins
 from sim.placement import Filling
 from sim.plan import LayerPartition, Place, Plan, Prediction, Tier, check_plan
 from sim.simulate import forecast
@@ -39,6 +40,7 @@ class Problem:
     profile: HardwareProfile
     vram_budget_bytes: int
     workload: Workload
+    pins: Pins = NO_PINS
 
     @property
     def prompt_tokens(self) -> int:
@@ -96,12 +98,20 @@ class Problem:
         """The plan, after all checks; PlanError says what does not fit."""
         check_plan(plan, self.spec)
         check_memory(self.spec, plan, self.profile.host_bytes)
+        check_pins(self.pins, plan, self.spec)
         return plan
 
     def none_fits(self, policy: str) -> PlanError:
         """Why no plan with attention on the device fits: what the least of them lacks, in bytes."""
-        empty = [LayerPartition("GPU", (0,) * la.ffn.n_experts) for la in self.spec.layers]
-        least = self.plan(policy, empty, self.both(self.tier("", 1, overlap=True)), pinned=True)
+        empty = Filling(self.spec, self.workload, "layers", "even", 0, self.pins).layers(0)
+        least = self.plan(policy, empty, self.both(self._least_tier()), pinned=True)
+        missing = memory(self.spec, least).vram_bytes - self.vram_budget_bytes
+        if self.pins and missing > 0:
+            return PlanError(
+                f"{policy} needs {format_bytes(self.vram_budget_bytes + missing)} of device memory with these pins, "
+                f"the budget is {format_bytes(self.vram_budget_bytes)}: {format_bytes(missing)} are missing. Raise "
+                f"--vram-budget, or pin less to gpu and stream"
+            )
         try:
             need = check_memory(self.spec, least)
         except PlanError as error:
@@ -114,6 +124,17 @@ class Problem:
             f"of device memory, {format_bytes(self.profile.host_bytes)} can be had; raise --vram-budget or "
             f"--host-budget, or choose a smaller model"
         )
+
+    def _least_tier(self) -> Tier:
+        """A tier that sends no more than pins demand."""
+        nothing, pinned = self.tier("", 1, overlap=True), dict(self.pins.sent_ahead(self.spec))
+        if not any(pinned.values()):
+            return nothing
+        ahead = tuple(pinned.get(i, 0) for i in range(self.spec.n_layers))
+        if not all(pinned.values()):
+            return replace(nothing, ahead=ahead, n_slots=2)
+        slots = replace(nothing, stream_min_tokens=1, n_slots=2) if self.spec.is_moe else None
+        return slots or replace(nothing, ahead=ahead, n_slots=2)
 
     def fullest(self, filling: Filling, make: Callable[[tuple[LayerPartition, ...]], Plan]) -> Plan:
         """The plan with the most units on the device that fits; PlanError if not even none does.
