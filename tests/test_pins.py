@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 
 import scheinfer
 from hwmodels.errors import FormatError, PlanError
+from runtime.cli import main
 from sim.compile import compile_step
 from sim.cost import price
 from sim.heap import recur
 from sim.layercost import Prices, Sending
+from sim.memory import memory
 from sim.model import ModelSpec
 from sim.pins import Pin, check_pins, parse_pins, pins_of, unit_names
 from sim.placement import ORDERS, Filling
-from sim.plan import Plan
+from sim.plan import Plan, load_plan
 from sim.planner import plan
 from sim.policies.problem import Problem, total_s
 from sim.search import search
@@ -27,6 +29,7 @@ from sim.space import Branch, Space, further_space, paper_space, slot_bytes
 from sim.steptime import StepTimes
 from sim.workload import Workload
 from tests.machines import GB, budget, dense, machine, moe
+from tests.tiny import write_tiny
 from tests.unit_machine import specs
 
 SHORT = Workload(8, 4)
@@ -92,13 +95,7 @@ def test_the_times_and_slots_of_pinned_candidates_are_those_of_the_engine(data):
         tasks = compile_step(spec, made, step, where)
         prices = price(tasks, profile)
         assert fast[i, j] == pytest.approx(max(recur(tasks.arrays, prices.duration_s, prices.lag_s)[1]), rel=1e-9)
-        assert slots[i, j] == scheinfer_slots(spec, made)
-
-
-def scheinfer_slots(spec: ModelSpec, made: Plan) -> int:
-    from sim.memory import memory
-
-    return memory(spec, made).slots
+        assert slots[i, j] == memory(spec, made).slots
 
 
 @pytest.mark.parametrize(
@@ -139,9 +136,10 @@ def every_plan(problem: Problem, space: Space) -> list[Plan]:
 
 
 def test_pins_of_what_would_be_chosen_anyway_change_nothing_but_the_search():
-    spec, room = dense(2, columns=64), 10 * GB  # everything fits the device
-    free = plan(spec, machine(), room, SHORT)
-    assert plan(spec, machine(), room, SHORT, "auto", parse_pins(r"layers\.\d+\.mlp=gpu")).id == free.id
+    spec, room = dense(2, columns=64), 10 * GB  # everything fits the device,
+    profile = machine(handoff_s=1.0)  # and to ask the CPU for anything costs a second
+    free = plan(spec, profile, room, SHORT)
+    assert plan(spec, profile, room, SHORT, "auto", parse_pins(r"layers\.\d+\.mlp=gpu")).id == free.id
 
 
 def test_a_pin_costs_time_and_never_saves_any():
@@ -175,7 +173,7 @@ def test_pins_that_no_plan_can_hold_are_refused(text, told):
 def test_pins_beyond_the_budget_say_how_many_bytes_are_missing(policy, to):
     spec = dense(4, columns=4096)
     with pytest.raises(PlanError, match=r"with these pins.* are missing\. Raise --vram-budget, or pin less"):
-        plan(spec, machine(), budget(spec, SHORT, 0.3), SHORT, policy, [Pin(".*mlp", to)])
+        plan(spec, machine(), budget(spec, SHORT, 0.1), SHORT, policy, [Pin(".*mlp", to)])
 
 
 @pytest.mark.parametrize("policy", ["fiddler", "llama-cpp", "cpu-only"])
@@ -205,3 +203,20 @@ def test_python_takes_pins_as_texts():
 def test_frames_that_contradict_pins_are_not_in_the_space():
     problem = Problem(dense(8), machine(), GB, SHORT, pins_of(dense(8), parse_pins("layers.3.mlp=gpu")))
     assert {b.filling.first_layer for b in further_space(problem).branches} <= {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("command", ["simulate", "generate"])
+def test_a_plan_file_and_pins_together_are_refused(command, tmp_path, capsys):
+    folder, file = write_tiny(tmp_path / "m", "llama"), tmp_path / "p.json"
+    scheinfer.plan(scheinfer.model(folder), machine(), "1GB", 8, 4).save(file)
+    lengths = ["-p", "8", "-n", "4"] if command == "simulate" else ["-n", "4", "--prompt", "1 2 3"]
+    pins = ["--pin", "layers.0.mlp=gpu", "--hardware", "rtx4090-ryzen7950x"]
+    assert main([command, "-m", str(folder), "--plan", str(file), *lengths, *pins]) == 2
+    assert "leave --pin out, or plan anew" in capsys.readouterr().err
+
+
+def test_a_pin_on_the_command_line_is_in_the_plan(tmp_path):
+    folder, file = write_tiny(tmp_path / "m", "llama"), tmp_path / "p.json"
+    argv = ["plan", "-m", str(folder), "--hardware", "rtx4090-ryzen7950x", "-p", "8", "-n", "4", "--out", str(file)]
+    assert main([*argv, "--pin", r"layers\.0\.mlp=cpu"]) == 0
+    assert load_plan(file).layers[0].gg == (0,)

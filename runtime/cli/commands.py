@@ -178,6 +178,7 @@ COMMANDS = (
             o.CHECKPOINT,
             o.PLAN,
             replace(o.POLICY, help="rule that makes the plan, without --plan", default="auto"),
+            o.PIN,
             o.OWN_HARDWARE,
             replace(o.N_GEN, help="tokens of an answer at most"),
             *_SAMPLING,

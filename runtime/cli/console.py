@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
+from hwmodels.errors import FormatError
 from runtime.cli.table import Column, Row, render
 
 
@@ -32,3 +33,9 @@ def note(flags: Namespace, text: str) -> None:
     if not flags.quiet:
         sys.stderr.write(text.rstrip("\n") + "\n")
         sys.stderr.flush()
+
+
+def refuse_pins(flags: Namespace) -> None:
+    """Raise FormatError for --pin beside --plan, which is complete."""
+    if flags.pin:
+        raise FormatError("--plan and --pin are both given; a plan file is complete: leave --pin out, or plan anew")

@@ -12,7 +12,7 @@ from hwmodels.errors import FormatError
 from hwmodels.profile import HardwareProfile
 from hwmodels.schema import write_bytes, write_json
 from hwmodels.units import format_bytes
-from runtime.cli.console import emit, emit_text, note, say
+from runtime.cli.console import emit, emit_text, note, refuse_pins, say
 from runtime.cli.files import check_file, check_folder
 from runtime.cli.result_columns import ERROR_COLUMNS, SIMULATED_COLUMNS
 from runtime.cli.table import Row, markdown
@@ -110,15 +110,10 @@ def _given_or_made(flags: Namespace, spec: ModelSpec, profile: HardwareProfile, 
     if flags.plan is None:
         budget = flags.vram_budget or profile.vram_bytes
         return planner.plan(spec, profile, budget, workload, flags.policy or "auto", flags.pin)
-    _refuse_pins(flags)
+    refuse_pins(flags)
     given = load_plan(flags.plan)
     check_plan(given, spec)
     return given
-
-
-def _refuse_pins(flags: Namespace) -> None:
-    if flags.pin:
-        raise FormatError("--plan and --pin are both given; a plan file is complete: leave --pin out, or plan anew")
 
 
 # -- compare ------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from hwmodels.errors import FormatError, PlanError
 from hwmodels.units import format_bytes, format_number, format_seconds
 from runtime.autoplan import Request, choose_plan
-from runtime.cli.console import emit, note
+from runtime.cli.console import emit, note, refuse_pins
 from runtime.cli.files import check_file, write_whole
 from runtime.resolve import check_checkpoint, resolve_folder, resolve_model
 from runtime.session import PlannedModel, load_planned
@@ -54,6 +54,7 @@ def load(flags: Namespace, source: Source, workload: Workload) -> PlannedModel:
 
 def _plan(flags: Namespace, source: Source, workload: Workload) -> Plan:
     if flags.plan not in (None, "auto"):
+        refuse_pins(flags)
         return _given_plan(flags, source.spec, workload)
     request = Request(
         source.folder,
@@ -65,7 +66,7 @@ def _plan(flags: Namespace, source: Source, workload: Workload) -> Plan:
         flags.host_budget,
         flags.hardware,
         flags.threads,
-        getattr(flags, "pin", ()),
+        flags.pin,
     )
     return choose_plan(request, progress=not flags.quiet, tell=lambda text: note(flags, text)).plan
 
