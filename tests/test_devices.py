@@ -351,6 +351,7 @@ def test_a_copy_takes_as_long_as_the_link_says(monkeypatch: pytest.MonkeyPatch, 
     # 4 MB at 2 MB/s are 2 s page-locked, 4 s at 1 MB/s from ordinary memory; one task's copies share a schedule
     clock, link = Sleeper(), Link(pinned_bytes_per_s=2e6, pageable_bytes_per_s=1e6, chunk_bytes=1 << 18)
     monkeypatch.setattr(emulated, "time", clock)
+    monkeypatch.setenv("SCHEINFER_KERNEL", "torch")  # the native link has its own clock: tests.test_native
     request.addfinalizer((device := EmulatedDevice(0, link=link)).close)
     source = torch.arange(1_000_000, dtype=torch.float32)
     for n_copies in (1, 4):

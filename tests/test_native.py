@@ -267,7 +267,7 @@ def test_a_file_that_is_no_library_is_an_error_a_person_can_act_on(tmp_path):
 
 
 def test_the_fingerprint_names_the_kernel(kernel):
-    assert native.describe() == f"native 1, {kernel.isa}"
+    assert native.describe() == f"native 2, {kernel.isa}"
 
 
 # -- threads ------------------------------------------------------------------------------------------
@@ -402,3 +402,39 @@ def test_the_kernel_is_compiled_when_the_package_is_installed():
     text = (ROOT / "pyproject.toml").read_text()
     assert "[tool.hatch.build.hooks.custom]" in text
     assert "hatch_build.py" in text
+
+
+# -- the emulated link ------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 7, 63, 64, 65, 1000, 70_000, 300_000]), min_size=1, max_size=4),
+    skipped=st.integers(0, 33),
+    dtype=st.sampled_from(DTYPES),
+    chunk=st.sampled_from([64, 1000, 1 << 20]),
+)
+def test_a_paced_copy_moves_every_element_and_nothing_else(library, sizes, skipped, dtype, chunk):
+    chunk = chunk if sum(sizes) < 10_000 else 1 << 20
+    sources = [torch.randn(n).to(dtype) for n in sizes]
+    targets = [torch.zeros(skipped + n + 40, dtype=dtype) for n in sizes]
+    pairs = [(t[skipped : skipped + n], s) for t, s, n in zip(targets, sources, sizes, strict=True)]
+    native.load(library).copy(pairs, 1e12, chunk)
+    for target, source, n in zip(targets, sources, sizes, strict=True):
+        assert torch.equal(target[skipped : skipped + n], source)
+        assert not target[:skipped].any()
+        assert not target[skipped + n :].any()
+
+
+def test_a_paced_copy_is_not_ahead_of_its_rate(kernel):
+    source, target = torch.zeros(1 << 18), torch.zeros(1 << 18)
+    begun = time.perf_counter()
+    kernel.copy([(target, source)], 50e6, 1 << 16)
+    assert time.perf_counter() - begun >= source.nbytes / 50e6 - 2e-5
+
+
+def test_what_is_not_laid_out_alike_is_left_to_torch():
+    assert native.copies(torch.zeros(4), torch.zeros(4))
+    assert not native.copies(torch.zeros(4), torch.zeros(4, dtype=torch.float16))
+    assert not native.copies(torch.zeros(4), torch.zeros(5))
+    assert not native.copies(torch.zeros(4), torch.zeros(4, 2)[:, 0])

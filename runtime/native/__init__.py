@@ -28,7 +28,7 @@ LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16")
 """Instruction sets that the kernel is compiled for, the best last; AMX is not among them."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE = 1
+_INTERFACE = 2
 _AMX_ROWS = 32  # as many as AMX computes in the time of one
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SILU, _GELU_TANH, _GELU_ERF = range(3)
@@ -90,6 +90,13 @@ class Kernel:
         """Read a tensor's memory and do nothing else, on torch's number of threads: what bounds mlp at one token."""
         self.library.scheinfer_read(flat.data_ptr(), flat.nbytes, torch.get_num_threads())
 
+    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]], bytes_per_s: float, chunk_bytes: int) -> None:
+        """Copy pairs (to, from) of contiguous tensors chunk by chunk, never ahead of the rate. See link.cpp."""
+        words = array("q")
+        for to, of in pairs:
+            words.extend((to.data_ptr(), of.data_ptr(), of.nbytes))
+        self.library.scheinfer_copy(words.buffer_info()[0], len(words) // 3, bytes_per_s, chunk_bytes)
+
     def end_workers(self) -> None:
         """End the threads that compute for the calling thread; its next call starts new ones."""
         self.library.scheinfer_end_workers()
@@ -111,6 +118,8 @@ def load(path: Path) -> Kernel:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.scheinfer_mlp.argtypes = [pointer, pointer, number, number, *[ctypes.c_int] * 4, number, pointer]
     library.scheinfer_read.argtypes = [pointer, number, ctypes.c_int]
+    library.scheinfer_copy.argtypes = [pointer, number, ctypes.c_double, number]
+    library.scheinfer_copy.restype = None
     library.scheinfer_read.restype = ctypes.c_uint64
     isas = tuple(name for i, name in enumerate(ISAS) if library.scheinfer_has(i))
     return Kernel(library, isas)
@@ -204,6 +213,11 @@ def takes(x_SD: Tensor, pieces: Sequence[Piece]) -> bool:
         gate_up.dtype == dtype and down.dtype == dtype and gate_up.is_contiguous() and down.is_contiguous()
         for gate_up, down in pieces
     )
+
+
+def copies(to: Tensor, of: Tensor) -> bool:
+    """Whether the kernel copies one to the other: in the same order of bytes."""
+    return to.dtype == of.dtype and to.numel() == of.numel() and to.is_contiguous() and of.is_contiguous()
 
 
 def end_workers() -> None:
