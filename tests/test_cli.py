@@ -381,6 +381,24 @@ def test_a_conversation_answers_every_line_until_it_ends(
     assert len(out.splitlines()) == 2
 
 
+def test_a_conversation_keeps_its_cache_and_answers_as_if_it_had_not(
+    world: World, speaking: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def talk() -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2\nw3\nw4 w5 w6\n!clear\nw7\n!exit\n"))
+        words = ("--hardware", str(world.hardware), "--device", "emulated", "-n", "6", "-c", "64")
+        assert main(["chat", "-m", str(speaking), *words]) == 0
+        out, err = capsys.readouterr()
+        return out, err
+
+    kept_out, kept_err = talk()
+    monkeypatch.setattr("runtime.prefix.shared", lambda *_: 0)
+    anew_out, anew_err = talk()
+    assert kept_out == anew_out
+    assert len(kept_out.splitlines()) == 4
+    assert (kept_err.count("tokens kept"), anew_err.count("tokens kept")) == (2, 0)
+
+
 # -- what a person may get wrong ----------------------------------------------------------------------
 
 

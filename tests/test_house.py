@@ -128,7 +128,7 @@ def test_every_requirement_has_one_exact_version_within_its_range():
 
 
 def test_what_the_packages_import_is_required():
-    named = {r.name for r in requirements()} | set(LAYERS) | set(sys.stdlib_module_names)
+    named = {r.name for r in requirements()} | {*LAYERS, "scheinfer"} | set(sys.stdlib_module_names)
     found = {name for path in [*sources(*LAYERS[:4]), ROOT / "scheinfer.py"] for _, name in imports(path)}
     assert sorted(found - named) == []
 

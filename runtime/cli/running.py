@@ -17,6 +17,7 @@ from hwmodels.units import format_bytes, format_number, format_seconds
 from runtime.autoplan import Request, choose_plan
 from runtime.cli.console import emit, note, refuse_pins
 from runtime.cli.files import check_file, write_whole
+from runtime.prefix import PrefixCache
 from runtime.resolve import check_checkpoint, resolve_folder, resolve_model
 from runtime.session import PlannedModel, load_planned
 from runtime.tokens import IdStreamer, decode, load_tokenizer, prompt_ids
@@ -102,7 +103,7 @@ def generate(flags: Namespace) -> None:
     model = load(flags, source, workload)
     try:
         streamer = _streamer(source.tokenizer) if flags.output == "md" else None
-        new_ids = complete(model, ids, flags, streamer)
+        new_ids = complete(PrefixCache(model), ids, flags, streamer)
         _save_traces(flags, model)
         _report(flags, source, model, Workload(len(ids), len(new_ids)), new_ids)
     finally:
@@ -143,20 +144,11 @@ def _streamer(tokenizer: PreTrainedTokenizerBase | None) -> BaseStreamer:
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def complete(model: PlannedModel, ids: Sequence[int], flags: Namespace, streamer: BaseStreamer | None) -> list[int]:
+def complete(prefix: PrefixCache, ids: Sequence[int], flags: Namespace, streamer: BaseStreamer | None) -> list[int]:
     """New token ids after a prompt, at the temperature and seed of the flags."""
     torch.manual_seed(flags.seed)
-    tokens = torch.tensor([list(ids)], device=model.device)
     sampling = {"do_sample": True, "temperature": flags.temp} if flags.temp > 0 else {"do_sample": False}
-    out = model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=flags.n_gen,
-        pad_token_id=model.generation_config.pad_token_id or 0,
-        streamer=streamer,
-        **sampling,
-    )
-    return [int(token) for token in out[0, len(ids) :]]
+    return prefix.generate(ids, max_new_tokens=flags.n_gen, streamer=streamer, **sampling)
 
 
 def _save_traces(flags: Namespace, model: PlannedModel) -> None:

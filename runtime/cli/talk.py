@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from hwmodels.errors import CheckpointError, FormatError
 from runtime.cli.console import note
 from runtime.cli.running import complete, load, open_source, timings
+from runtime.prefix import PrefixCache
 from runtime.session import PlannedModel
 from runtime.tokens import decode
 from sim.workload import Workload, check_context
@@ -44,18 +45,20 @@ def chat(flags: Namespace) -> None:
 
 def _converse(flags: Namespace, tokenizer: PreTrainedTokenizerBase, model: PlannedModel, most_prompt: int) -> None:
     note(flags, HELP)
+    prefix = PrefixCache(model)
     messages: list[Message] = []
     while (line := _read_line(flags)) is not None:
         if line == "!exit":
             return
         if line == "!clear":
             messages = []
+            prefix.clear()
             note(flags, "forgotten")
         elif line.startswith("!"):
             note(flags, HELP if line == "!help" else f"{line} is not known. {HELP}")
         elif line:
             messages.append({"role": "user", "content": line})
-            answer = _answer(flags, tokenizer, model, messages, most_prompt)
+            answer = _answer(flags, tokenizer, prefix, messages, most_prompt)
             messages.append({"role": "assistant", "content": answer})
 
 
@@ -74,18 +77,19 @@ def _read_line(flags: Namespace) -> str | None:
 def _answer(
     flags: Namespace,
     tokenizer: PreTrainedTokenizerBase,
-    model: PlannedModel,
+    prefix: PrefixCache,
     messages: list[Message],
     most_prompt: int,
 ) -> str:
     ids = _fitting_ids(flags, tokenizer, messages, most_prompt)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
-        new_ids = complete(model, ids, flags, streamer)
+        new_ids = complete(prefix, ids, flags, streamer)
     except KeyboardInterrupt:
         note(flags, "\nstopped")
         return ""
-    note(flags, timings(model, Workload(len(ids), len(new_ids))))
+    kept = f"{prefix.n_kept} tokens kept; " if prefix.n_kept else ""
+    note(flags, kept + timings(prefix.model, Workload(len(ids) - prefix.n_kept, len(new_ids))))
     return decode(new_ids, tokenizer)
 
 
