@@ -36,6 +36,7 @@ from sim.policies import (
     stream,
     stream_overlap,
 )
+from sim.policies.apart import Apart, proposed, worth_it
 from sim.policies.caches import expert_times, fetch_share, largest_cache, popular
 from sim.policies.decision import Decision, Rule
 from sim.policies.problem import Policy, Problem
@@ -44,6 +45,8 @@ from sim.space import Branch, further_space, paper_space, same_space
 from sim.workload import Workload
 
 NAME = "auto"
+Follow = Callable[[str, Problem], Plan]
+"""What makes the plan of a policy, by its name."""
 
 OTHERS: dict[str, Policy] = {
     module.NAME: module.propose
@@ -70,15 +73,22 @@ def propose(spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, w
 
 def decide(problem: Problem) -> Decision:
     """The same, with what was searched and the rule that won."""
-    found = _searched(problem)
+    if not worth_it(problem.spec):
+        return _decided(problem, _searched(problem), followed)
+    with Apart(problem, OTHERS) as apart:
+        return _decided(problem, _searched(problem), apart.plan)
+
+
+def _decided(problem: Problem, found: Found | None, follow: Follow) -> Decision:
     winners = found.winners if found is not None else ()
     rules: list[Rule] = [partial(_searched_again, winner.branch) for winner in winners]
     makes: list[Callable[[], Plan]] = [partial(_same, winner.plan) for winner in winners]
-    others: list[Rule] = [partial(_followed, propose) for propose in OTHERS.values()]
-    if winners and problem.spec.is_moe:
-        others = [*_cached(winners[-1].plan.tiers[-1]), *others]
+    cached = _cached(winners[-1].plan.tiers[-1]) if winners and problem.spec.is_moe else []
+    others: list[Rule] = [*cached, *(partial(followed, name) for name in OTHERS)]
+    makes += [partial(rule, problem) for rule in cached]
+    makes += [partial(follow, name, problem) for name in OTHERS]
     try:
-        tried = problem.tried([*makes, *(partial(rule, problem) for rule in others)])
+        tried = problem.tried(makes)
     except PlanError as error:
         if not problem.profile.has_gpu:
             raise
@@ -103,8 +113,9 @@ def _searched_again(part: Branch, problem: Problem) -> Plan:
     return search(problem, NAME, [same_space(problem, part)]).plan
 
 
-def _followed(propose: Policy, problem: Problem) -> Plan:
-    return propose(problem.spec, problem.profile, problem.vram_budget_bytes, problem.workload)
+def followed(name: str, problem: Problem) -> Plan:
+    """The plan of a policy that auto follows."""
+    return proposed(OTHERS[name], problem)
 
 
 def _cached(prompt: Tier) -> list[Rule]:
