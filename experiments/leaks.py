@@ -221,12 +221,12 @@ def figure(table: pd.DataFrame) -> Chart:
     drawn, axes = chart(5.2, 2.8)
     for (case, own), color in zip(table.groupby("case", sort=False), SERIES, strict=False):
         grown = (own["rss_bytes"] - own["rss_bytes"].iloc[0]) / 2**20
-        axes.plot(100 * own["step"] / own["step"].max(), grown, color=color, label=f"{case}, {own['step'].max()}")
+        axes.plot(100 * own["step"] / own["step"].max(), grown, color=color, label=f"{case}, {own['step'].max()} times")
     axes.axhline(0, color=GREY, linewidth=0.6)
     axes.set(xlabel="steps done, %", ylabel="resident memory gained, MiB", xlim=(0, 100))
     axes.margins(y=0.3)
     axes.grid(axis="y")
-    drawn.legend(loc="outside right upper", title="case, steps")
+    drawn.legend(loc="outside lower center", ncols=2)
     return drawn
 
 

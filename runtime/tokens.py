@@ -14,6 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 from hwmodels.errors import CheckpointError, FormatError
 from sim.model import ModelSpec
 
+Message = dict[str, str]
+"""One message of a conversation: its role and its content."""
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -43,6 +46,16 @@ def _numbers(text: str) -> list[int]:
     if not all(re.fullmatch(r"\d+", word) for word in words):
         raise FormatError("the folder has no tokenizer: give the prompt as token ids, such as --prompt '1 17 42'")
     return [int(word) for word in words]
+
+
+def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation up to where the answer begins, by the tokenizer's template if it has one."""
+    if tokenizer.chat_template is not None:
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        assert isinstance(text, str), "one conversation is one text"
+        return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    text = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
+    return [int(i) for i in tokenizer(text)["input_ids"]]
 
 
 class IdStreamer(BaseStreamer):

@@ -12,10 +12,9 @@ from runtime.cli.console import note
 from runtime.cli.running import complete, load, open_source, timings
 from runtime.prefix import PrefixCache
 from runtime.session import PlannedModel
-from runtime.tokens import decode
+from runtime.tokens import Message, conversation_ids, decode
+from sim.model import ModelSpec
 from sim.workload import Workload, check_context
-
-Message = dict[str, str]
 
 HELP = "!help shows this, !clear forgets the conversation, !exit ends (so does Ctrl-D); Ctrl-C stops an answer"
 _LEAST_PROMPT = 16
@@ -27,7 +26,17 @@ def chat(flags: Namespace) -> None:
     tokenizer = source.tokenizer
     if tokenizer is None:
         raise CheckpointError(f"{source.folder}: no tokenizer, chat needs one; scheinfer generate takes token ids")
-    n_ctx = min(flags.ctx_size, source.spec.max_positions)
+    workload = conversation_workload(flags, source.spec)
+    model = load(flags, source, workload)
+    try:
+        _converse(flags, tokenizer, model, workload.n_ctx - flags.n_gen)
+    finally:
+        model.close()
+
+
+def conversation_workload(flags: Namespace, spec: ModelSpec) -> Workload:
+    """What a plan for --ctx-size tokens is made for; FormatError if --n-gen leaves no room for a prompt."""
+    n_ctx = min(flags.ctx_size, spec.max_positions)
     if n_ctx < flags.n_gen + _LEAST_PROMPT:
         raise FormatError(
             f"--n-gen {flags.n_gen} leaves no room for a prompt in a context of {n_ctx} tokens; "
@@ -35,12 +44,8 @@ def chat(flags: Namespace) -> None:
         )
     n_prompt = min(256, n_ctx - flags.n_gen)
     workload = Workload(n_prompt, flags.n_gen, n_depth=n_ctx - n_prompt - flags.n_gen, seed=flags.seed)
-    check_context(source.spec, workload)
-    model = load(flags, source, workload)
-    try:
-        _converse(flags, tokenizer, model, n_ctx - flags.n_gen)
-    finally:
-        model.close()
+    check_context(spec, workload)
+    return workload
 
 
 def _converse(flags: Namespace, tokenizer: PreTrainedTokenizerBase, model: PlannedModel, most_prompt: int) -> None:
@@ -105,13 +110,3 @@ def _fitting_ids(
     if len(ids) > most_prompt:
         note(flags, f"the message has {len(ids)} tokens: only its last {most_prompt} are read")
     return ids[-most_prompt:]
-
-
-def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """Token ids of a conversation up to where the answer begins, by the tokenizer's template if it has one."""
-    if tokenizer.chat_template is not None:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        assert isinstance(text, str), "one conversation is one text"
-        return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    text = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
-    return [int(i) for i in tokenizer(text)["input_ids"]]

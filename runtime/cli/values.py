@@ -84,6 +84,14 @@ def whole(text: str) -> int:
     return _whole(text, 0)
 
 
+def port(text: str) -> int:
+    """A TCP port; 0 is any that is free."""
+    found = _whole(text, 0)
+    if found > 65535:
+        raise FormatError(f"{text!r} is no port; expected 0 to 65535")
+    return found
+
+
 def _whole(text: str, least: int) -> int:
     if not re.fullmatch(r"[+-]?\d+", text.strip()) or int(text) < least:
         raise FormatError(f"{text!r} is not a whole number of at least {least}")
