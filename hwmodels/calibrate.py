@@ -166,8 +166,9 @@ class Residual:
 def residuals(curves: Iterable[Curve]) -> list[Residual]:
     """Leave-one-out errors of every curve that has points between others.
 
-    Each inner node of an axis is left out with its whole line and predicted from its neighbours. A token
-    count whose two neighbours are the whole numbers beside it is not: nothing is ever interpolated there.
+    Each inner node of an axis is left out with its whole line and predicted from its neighbours. A token count
+    that stands right beside another is not: kernels change there from one to the next, nothing is ever interpolated
+    between the two, and a line across them says nothing of the gaps where something is.
     """
     found = []
     for curve in curves:
@@ -203,7 +204,7 @@ def _left_out(grid: Grid, axis: int) -> Iterator[float]:
     """Errors of an axis's inner nodes, predicted without them."""
     nodes = grid.xs if axis == 0 else grid.ys
     for i in range(1, len(nodes) - 1):
-        if axis == 0 and nodes[i + 1] - nodes[i - 1] <= 2:
+        if axis == 0 and min(nodes[i] - nodes[i - 1], nodes[i + 1] - nodes[i]) <= 1:
             continue
         rest = _without(grid, axis, i)
         for k, other in enumerate(grid.ys if axis == 0 else grid.xs):

@@ -137,6 +137,12 @@ def test_token_counts_with_nothing_between_them_are_not_left_out():
     assert residuals([curve({1: 1.0, 2: 9.0, 3: 2.0})]) == []
 
 
+def test_a_spike_right_beside_a_token_count_says_nothing_of_the_gap_on_its_other_side():
+    # 7 tokens are slow, 8 fast again: only 12, between 8 and 16, stands for what is interpolated
+    (found,) = residuals([curve({7: 9.0, 8: 2.0, 12: 3.0, 16: 4.0})])
+    assert (found.n_points, found.worst) == (1, 0.0)
+
+
 @pytest.mark.parametrize(
     ("law", "time_s"),
     [("linear", lambda x: 1 + x), ("log", lambda x: 1 + x.bit_length()), ("power", lambda x: x**0.5)],
