@@ -15,7 +15,7 @@
 namespace scheinfer {
 namespace {
 
-constexpr double OVERSHOOT_S = 2e-5;  // about what a sleep lasts too long: a shorter one would only add delay
+constexpr double OVERSHOOT_S = 3e-5;  // about what a sleep lasts too long
 constexpr int64_t LARGE = 1 << 18;  // what is smaller is used next, and stays in the caches
 
 double now_s() {
@@ -28,7 +28,7 @@ void sleep_until(double at_s) {
   timespec t;
   t.tv_sec = time_t(at_s);
   t.tv_nsec = long((at_s - double(t.tv_sec)) * 1e9);
-  while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &t, nullptr) != 0) {
+  while (now_s() < at_s && clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &t, nullptr) != 0) {
   }
 }
 
@@ -64,7 +64,8 @@ void copy_past_caches(char* to, const char* from, int64_t n) {
 
 using namespace scheinfer;
 
-// Copies n_pairs of (to, from, bytes), chunk by chunk, never more than a short sleep ahead of bytes_per_s.
+// Copies n_pairs of (to, from, bytes), chunk by chunk, never more than a short sleep ahead of bytes_per_s, in all as
+// long as they take at that rate.
 extern "C" void scheinfer_copy(const int64_t* pairs, int64_t n_pairs, double bytes_per_s, int64_t chunk) {
   const double start_s = now_s();
   int64_t total = 0, done = 0;
@@ -80,7 +81,9 @@ extern "C" void scheinfer_copy(const int64_t* pairs, int64_t n_pairs, double byt
       else copy_past_caches(to + first, from + first, n);
       done += n;
       const double due_s = start_s + double(done) / bytes_per_s;
-      if (due_s - now_s() > OVERSHOOT_S) sleep_until(due_s);
+      sleep_until(due_s - OVERSHOOT_S);
+      while (done == total && now_s() < due_s) {  // awake and not yielding: who yields to a busy core waits for its slice
+      }
     }
   }
 }
