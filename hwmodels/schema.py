@@ -169,8 +169,9 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise FormatError(f"cannot write {str(target)!r}: {error.strerror}") from error
+    finally:  # not there any more if it was put in place; an interrupt leaves it behind otherwise
+        Path(temporary).unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Json) -> None:

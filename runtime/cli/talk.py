@@ -8,7 +8,7 @@ from argparse import Namespace
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from hwmodels.errors import CheckpointError, FormatError
-from runtime.cli.console import note
+from runtime.cli.console import emit_text, note
 from runtime.cli.running import complete, load, open_source, timings
 from runtime.prefix import PrefixCache
 from runtime.session import PlannedModel
@@ -91,7 +91,8 @@ def _answer(
     try:
         new_ids = complete(prefix, ids, flags, streamer)
     except KeyboardInterrupt:
-        note(flags, "\nstopped")
+        emit_text("")  # the answer's line ends where it was
+        note(flags, "stopped")
         return ""
     kept = f"{prefix.n_kept} tokens kept; " if prefix.n_kept else ""
     note(flags, kept + timings(prefix.model, Workload(len(ids) - prefix.n_kept, len(new_ids))))
