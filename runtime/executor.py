@@ -169,6 +169,11 @@ class Executor:
         self._recording.sample = (step.sample, self.device.resolve(step.since))
         self._step = None
 
+    @property
+    def open_task(self) -> Task | None:
+        """What the calling thread is at, between MLPs: the task to name if a module of the model raises."""
+        return self._step.open_task if self._step is not None else None
+
     # -- inside ---------------------------------------------------------------------------------------
 
     def _fresh(self) -> _Recording:

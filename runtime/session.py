@@ -23,6 +23,7 @@ from hwmodels.units import format_bytes
 from runtime.adapter import Adapter, FfnKind
 from runtime.checkpoint import Checkpoint, read_config
 from runtime.devices import Device, open_device
+from runtime.devices.base import failure
 from runtime.executor import Executor
 from runtime.ffn import PartitionedExperts, PartitionedMlp, attach
 from runtime.memory import WeightStore, allocate, fill_cache
@@ -55,11 +56,22 @@ class PlannedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         try:
             with self.executor.device.driving(), torch.no_grad():
                 return super().__call__(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            raise ExecutionError(
-                f"device memory ran out: the plan allows {format_bytes(self.plan.vram_budget_bytes)}; "
-                f"raise --vram-budget, or plan for a smaller --ctx-size or --batch ({error})"
-            ) from error
+        except RuntimeError as error:
+            named = self._named(error)
+            if named is error:
+                raise
+            raise named from error.__cause__ or error
+
+    def _named(self, error: RuntimeError) -> BaseException:
+        """The error with the task that was at work, and with what to do about it."""
+        task, cause = self.executor.open_task, error.__cause__ or error
+        named = failure(task, error) if task is not None else error
+        if not isinstance(cause, torch.OutOfMemoryError):
+            return named
+        return ExecutionError(
+            f"{named}; device memory ran out: the plan allows {format_bytes(self.plan.vram_budget_bytes)}; "
+            "raise --vram-budget, or plan for a smaller --ctx-size or --batch"
+        )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' generate; records the run into last_timeline and last_routing.
