@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from hwmodels.errors import FormatError
 from sim.model import ModelSpec
@@ -19,6 +20,7 @@ Routing = tuple[int, ...]
 """Tokens sent to each expert of one layer in one step; a dense layer is one expert with all tokens."""
 
 _CACHED = "cached"
+_MOST_DRAWN = 8192  # tokens of a step that are drawn: a longer prompt takes experts in the proportions of these
 _KEYS_AT_ONCE = 1 << 22  # bounds the memory of sampling a long prompt
 
 
@@ -172,13 +174,26 @@ def _sample_step(
     popular = [popularity(n_experts, skews[layer % len(skews)], seed, layer) for layer in range(n_layers)]
     shares = np.array(popular, dtype=np.float32)
     draw = np.random.default_rng(int.from_bytes(sha256(f"{seed}/{step.name}".encode()).digest()[:8]))
-    n_rows = n_layers * step.n_tokens
+    n_drawn = min(step.n_tokens, _MOST_DRAWN)
+    n_rows = n_layers * n_drawn
     block = max(1, _KEYS_AT_ONCE // n_experts)
     counts = np.zeros(n_layers * n_experts, dtype=np.int64)
     for first in range(0, n_rows, block):
-        layer = np.arange(first, min(first + block, n_rows)) // step.n_tokens
+        layer = np.arange(first, min(first + block, n_rows)) // n_drawn
         # Efraimidis-Spirakis: the k smallest Exp(1) / w are a weighted sample without replacement.
         keys = draw.standard_exponential((len(layer), n_experts), dtype=np.float32) / shares[layer]
         chosen = np.argpartition(keys, top_k - 1, axis=1)[:, :top_k]
         counts += np.bincount((layer[:, None] * n_experts + chosen).ravel(), minlength=len(counts))
-    return tuple(tuple(row) for row in counts.reshape(n_layers, n_experts).tolist())
+    drawn = counts.reshape(n_layers, n_experts)
+    return tuple(tuple(row) for row in _scaled(drawn, n_drawn, step.n_tokens).tolist())
+
+
+def _scaled(counts: NDArray[np.int64], n_drawn: int, n_tokens: int) -> NDArray[np.int64]:
+    """Counts of n_drawn tokens as those of n_tokens; rows keep their sums in proportion, no expert gets more than all.
+
+    Exact where all were drawn. Sums are kept by rounding the running total and not each count.
+    """
+    if n_drawn == n_tokens:
+        return counts
+    totals = np.cumsum(counts, axis=1) * n_tokens // n_drawn
+    return np.diff(totals, axis=1, prepend=0)

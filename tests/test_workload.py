@@ -55,7 +55,7 @@ def test_impossible_workloads_are_refused(change: dict[str, float], message: str
 @given(
     n_experts=st.integers(2, 12),
     data=st.data(),
-    n_tokens=st.integers(1, 50),
+    n_tokens=st.integers(1, 50) | st.sampled_from((8192, 8193, 1_000_003)),
     skew=st.sampled_from((0.0, 0.7, 2.0, 9.9)),
     seed=st.integers(-5, 10**9),
 )
@@ -70,6 +70,12 @@ def test_each_token_chooses_top_k_different_experts(
         assert len(counts) == n_experts
         assert sum(counts) == n_tokens * top_k
         assert all(0 <= n <= n_tokens for n in counts)
+
+
+def test_a_prompt_too_long_to_draw_takes_experts_in_the_proportions_of_a_shorter_one() -> None:
+    spec, workload = moe(n_experts=8), Workload(4, 4, skew=1.0)
+    long, short = (sample_routing(spec, 0, Step("prefill", n, n), workload) for n in (819_200, 8192))
+    assert long == tuple(100 * n for n in short)
 
 
 def test_sampling_is_repeatable_and_differs_by_seed_step_and_layer() -> None:
