@@ -1,6 +1,6 @@
 """Which part of a machine would make generation faster if it were replaced?
 
-    python -m experiments.what_if            over 5 minutes on a core; writes experiments/results/what_if/
+    python -m experiments.what_if            under 3 minutes on a core; writes experiments/results/what_if/
     python -m experiments.what_if --smoke    3 s: one machine, a small model; writes nowhere unless --out is given
 
 Host memory, link and arithmetic of the CPU at half, twice and four times their rates, device memory at half, twice
@@ -8,8 +8,8 @@ and three times its size, one at a time; each changed machine gets a plan of its
 and 128 generated tokens, in 16 bits) and is compared with the machine as it is. Machines are put together from
 published figures, so a faster link or memory also changes what both get beside each other. In simulation.
 
-Expected, and not run in full so far: device memory and host memory decide decode, the link and the CPU's arithmetic
-decide prompts, and the gain of doubling anything stays below two.
+One should see host memory and device memory decide decode, and the link decide prompts where the CPU has no part in
+them; twice of anything rarely brings twice the speed, but for device memory that a model then just fits.
 """
 
 from __future__ import annotations
