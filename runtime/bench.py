@@ -88,7 +88,7 @@ def _measured(target: Target, model: PlannedModel, workload: Workload, repetitio
     runs = measure(model, ids, workload.n_gen, repetitions, n_depth=workload.n_depth)
     shown = median_run(runs)
     replay = simulate(spec, plan, profile, workload, shown.routing)
-    limit = bound(spec, profile, plan.vram_budget_bytes, workload, plan.cache is not None)
+    limit = bound(spec, profile, plan.vram_budget_bytes, workload, plan.cache is not None, plan.chunk_tokens)
     timelines = [run.timeline for run in runs]
     return {
         **measured_row(spec, plan, workload, timelines, shown.timeline, model.executor.device.kind),

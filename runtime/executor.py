@@ -51,8 +51,18 @@ class _Recording:
     cached: tuple[Key, ...] | None = None
     spans: list[Span] = field(default_factory=list)
     routing: dict[tuple[str, int], Routing] = field(default_factory=dict)
-    n_steps: int = 0
+    n_prompt: int = 0
+    n_decode: int = 0
+    in_prompt: bool = False
     sample: tuple[Task, int] | None = None
+
+    def next_step(self) -> str:
+        """Name of a step that begins now, as sim.workload names it: steps of the prompt, then one per token."""
+        if self.n_prompt == 0 or (self.in_prompt and self.n_decode == 0):
+            self.n_prompt += 1
+            return f"prefill{self.n_prompt - 1 or ''}"
+        self.n_decode += 1
+        return f"decode{self.n_decode}"
 
 
 class Executor:
@@ -87,6 +97,10 @@ class Executor:
         """Share of uses of experts that found them in the expert cache, since the run began."""
         return {"cache_hit_rate": self.cache.hit_rate} if self.cache is not None else {}
 
+    def feed_prompt(self, chunked: bool) -> None:
+        """Until told otherwise, steps are chunks of the prompt."""
+        self._recording.in_prompt = chunked
+
     def stop(self) -> None:
         """Let no further step begin: a run in another thread ends with an ExecutionError."""
         self._closed = True
@@ -108,7 +122,7 @@ class Executor:
         if the KV cache outgrows the plan.
         """
         self._check_open()
-        self._check_room(kv_tokens, batch)
+        self._check_room(n_tokens, kv_tokens, batch)
         self._abandon_step()
         if not self._in_run and n_tokens == kv_tokens * batch:
             self._recording = self._fresh()
@@ -116,8 +130,7 @@ class Executor:
         now = self.device.mark(self.plan.ends)
         record = self._recording
         self._close_sample(now)
-        name = "prefill" if record.n_steps == 0 else f"decode{record.n_steps}"
-        record.n_steps += 1
+        name = record.next_step()
         compiler = StepCompiler(self.spec, self.plan, Step(name, n_tokens, kv_tokens, batch), self.cache)
         embed, *ahead = compiler.begin()
         self._step = _StepState(compiler, open_task=embed, since=now)
@@ -186,11 +199,17 @@ class Executor:
         if self._closed:
             raise ExecutionError(f"{self.spec.name} is closed and its weights are gone; load it again")
 
-    def _check_room(self, kv_tokens: int, batch: int) -> None:
+    def _check_room(self, n_tokens: int, kv_tokens: int, batch: int) -> None:
         if kv_tokens * batch > self.plan.n_ctx * self.plan.batch:
             raise PlanError(
                 f"a KV cache of {kv_tokens} tokens for each of {batch} sequences is asked for, the plan has room for "
                 f"{self.plan.n_ctx} for each of {self.plan.batch}; plan with a larger --ctx-size or --batch"
+            )
+        if n_tokens > self.plan.step_tokens * self.plan.batch:
+            raise PlanError(
+                f"a step of {n_tokens} tokens is asked for, the plan has activations for chunks of "
+                f"{self.plan.step_tokens} for each of {self.plan.batch}; call generate, which cuts the prompt, or feed "
+                f"it in chunks"
             )
 
     def _current(self) -> _StepState:

@@ -95,7 +95,8 @@ def _cache(model: PlannedModel, ids: torch.Tensor) -> DynamicCache:
     """KV cache that holds some tokens."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for chunk in torch.split(ids, model.plan.step_tokens, dim=1):
+            model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 
 

@@ -76,16 +76,27 @@ class PlannedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' generate; records the run into last_timeline and last_routing.
 
-        Threads take turns. Raises ExecutionError, naming the task, if one fails; the model stays usable.
+        A prompt is fed in the plan's chunks. Threads take turns.
+        Raises ExecutionError, naming the task, if one fails; the model stays usable.
         """
         kwargs.setdefault("disable_compile", True)  # the executor cannot be traced
         executor = self.executor
+        if executor.plan.chunk_tokens is not None and kwargs.get("use_cache", True):
+            kwargs.setdefault("prefill_chunk_size", executor.plan.chunk_tokens)
         with executor.device.driving():
             executor.begin_run()
             try:
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
             finally:
                 self.last_timeline, self.last_routing = executor.end_run(run_info(executor))
+
+    def _prefill(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own, which cuts the prompt: its steps are the prompt's, whatever their number."""
+        self.executor.feed_prompt(True)
+        try:
+            return super()._prefill(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.executor.feed_prompt(False)
 
     def memory_report(self) -> dict[str, object]:
         """Planned bytes by part, and the most device memory that was held."""

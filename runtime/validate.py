@@ -145,9 +145,9 @@ def _validate_model(
             runs.append(_run(folder, spec, plan, profile, workload, prompt, job, streamer))
             bar.update()
     made = choice(plans, [run.total_s for run in runs], workload)
-    limits = {cached: bound(spec, profile, budget, workload, cached) for cached in {p.cache is not None for p in plans}}
+    limits = {kind: bound(spec, profile, budget, workload, *kind) for kind in set(map(_kind, plans))}
     rows = [
-        _row(spec, run, workload, limits[run.plan.cache is not None]) | {"predicted_rank": rank, "kept": i == made.kept}
+        _row(spec, run, workload, limits[_kind(run.plan)]) | {"predicted_rank": rank, "kept": i == made.kept}
         for i, (run, rank) in enumerate(zip(runs, made.ranks, strict=True))
     ]
     rows = sorted(rows, key=_by_speed) + refused
@@ -230,6 +230,11 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer
+
+
+def _kind(plan: Plan) -> tuple[bool, int | None]:
+    """What a bound depends on beside the workload."""
+    return plan.cache is not None, plan.chunk_tokens
 
 
 def prompt_ids(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, n_prompt: int) -> list[int]:

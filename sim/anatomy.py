@@ -48,16 +48,17 @@ def anatomy(
     """
     check_plan(plan, spec)
     where = routing_of(spec, workload, routing)
-    walk = CacheWalk(spec, plan, workload.steps(), where, routing.cached if routing is not None else None)
+    steps = workload.steps(plan.chunk_tokens)
+    walk = CacheWalk(spec, plan, steps, where, routing.cached if routing is not None else None)
     wall_s = measured.step_s
     rows = []
-    for step in workload.steps():
+    for step in steps:
         if step.name in wall_s:
             graph = compile_step(spec, plan, step, where, walk.before(step))
             found = _causes(graph, profile, _durations(graph, measured.step(step.name)), wall_s[step.name])
             rows.append({"step": step.name, **found})
     if not rows:
-        raise FormatError(f"the measured timeline has none of the {len(workload.steps())} steps of the workload")
+        raise FormatError(f"the measured timeline has none of the {len(steps)} steps of the workload")
     return pd.DataFrame(rows).fillna(0.0)
 
 

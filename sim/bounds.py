@@ -69,25 +69,35 @@ class Bound:
 
 
 def bound(
-    spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, workload: Workload, cached: bool = False
+    spec: ModelSpec,
+    profile: HardwareProfile,
+    vram_budget_bytes: int,
+    workload: Workload,
+    cached: bool = False,
+    chunk_tokens: int | None = None,
 ) -> Bound:
     """The hardware's limit for a model, a budget and a workload: of plans that keep their placement.
 
     cached: of plans with an expert cache, too. No plan beats that either, but it lies lower, since such a cache
-    might know the future.
+    might know the future. chunk_tokens: of plans that feed the prompt so.
 
-    Decode is the mean over all decode steps, or 128 evenly spread ones if there are more. Routing is the
+    Decode is the mean over all decode steps, or 128 evenly spread ones if there are more; so are chunks. Routing is the
     workload's own: experts that it uses often may be resident, but not luckier ones.
     """
-    prefill, *decode = workload.steps()
-    prefill_s, prefill_binds = _mean_step_s(spec, profile, vram_budget_bytes, workload, [prefill])
-    decode_s, decode_binds = 0.0, prefill_binds
+    chunks, decode = workload.prompt_steps(chunk_tokens), workload.steps()[1:]
+    rows = min(workload.n_ctx, chunk_tokens or workload.n_ctx) * workload.batch
+    free = vram_budget_bytes - activation_bytes(spec, rows, workload.batch)
+    chunk_s, prefill_binds = _mean_step_s(spec, profile, free, workload, _few(chunks))
+    prefill_s, decode_s, decode_binds = len(chunks) * chunk_s, 0.0, prefill_binds
     if decode:
-        spread = np.linspace(0, len(decode) - 1, min(_MOST_STEPS, len(decode)))
-        steps = [decode[round(i)] for i in spread]
-        decode_s, decode_binds = _mean_step_s(spec, profile, vram_budget_bytes, workload, steps, cached and spec.is_moe)
+        decode_s, decode_binds = _mean_step_s(spec, profile, free, workload, _few(decode), cached and spec.is_moe)
     decode_tok_s = workload.batch / decode_s if decode_s > 0 else 0.0
-    return Bound(prefill_s, decode_s, prefill.n_tokens / prefill_s, decode_tok_s, prefill_binds, decode_binds)
+    n_tokens = workload.n_prompt * workload.batch
+    return Bound(prefill_s, decode_s, n_tokens / prefill_s, decode_tok_s, prefill_binds, decode_binds)
+
+
+def _few(steps: Sequence[Step]) -> list[Step]:
+    return [steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(_MOST_STEPS, len(steps)))]
 
 
 # -- the relaxed problem --------------------------------------------------------------------------------------
@@ -170,12 +180,11 @@ class _Moving:
 def _mean_step_s(
     spec: ModelSpec,
     profile: HardwareProfile,
-    budget: int,
+    free: int,
     workload: Workload,
     steps: Sequence[Step],
     cached: bool = False,
 ) -> tuple[float, Resource]:
-    free = budget - activation_bytes(spec, workload.n_ctx * workload.batch, workload.batch)
     if not profile.has_gpu or free <= 0:
         return float(np.mean([_cpu_only_s(spec, profile, workload, step) for step in steps])), "CPU"
     relaxed = _relax(spec, profile, free, workload, steps)

@@ -109,8 +109,8 @@ def cache_slots(spec: ModelSpec, plan: Plan) -> int:
 
 
 def memory(spec: ModelSpec, plan: Plan, n_tokens: int | None = None) -> Memory:
-    """Bytes by part of a plan; n_tokens is the largest step (default: the whole context)."""
-    rows = (n_tokens if n_tokens is not None else plan.n_ctx) * plan.batch
+    """Bytes by part of a plan; n_tokens is the largest step (default: the whole context, or a chunk of it)."""
+    rows = (n_tokens if n_tokens is not None else plan.step_tokens) * plan.batch
     rest = kv = gg = host = host_kv = 0
     for i, part in enumerate(plan.layers):
         layer_kv = plan.batch * spec.kv_bytes(i, plan.n_ctx)

@@ -4,6 +4,7 @@ partition   which columns of which expert live on the device (GG); the rest live
 cache       slots on the device for the experts' host parts that the last steps used.
 tiers       by tokens in a step: which host columns are sent and computed by the device (CG), which are
             computed by the CPU (CC), in which order, with how many slots.
+chunk       how many tokens of each sequence's prompt one step feeds.
 
 A policy makes a Plan; only a Plan passes from the simulator to the runtime.
 """
@@ -121,7 +122,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Plan:
-    """All decisions for one model on one machine under one budget."""
+    """All decisions for one model on one machine under one budget.
+
+    chunk_tokens    a prompt is fed in steps of so many tokens of each sequence; None: in one step
+    """
 
     policy: str
     model: str
@@ -137,16 +141,25 @@ class Plan:
     tiers: tuple[Tier, ...]
     prediction: Prediction | None = None
     cache: ExpertCache | None = None
+    chunk_tokens: int | None = None
 
     @cached_property
     def id(self) -> str:
         """Twelve hex digits of the decisions; the prediction does not count."""
-        return digest(replace(self, prediction=None, profile_id=""))
+        decided = to_json(replace(self, prediction=None, profile_id=""))
+        if self.chunk_tokens is None:  # plans from before there were chunks keep their ids
+            del decided["chunk_tokens"]
+        return digest(decided)
 
     @property
     def decisions(self) -> Hashable:
         """What tells apart plans that are made for one problem; much cheaper than `id`."""
-        return self.layers, self.tiers, self.ends, self.pinned, self.cache
+        return self.layers, self.tiers, self.ends, self.pinned, self.cache, self.chunk_tokens
+
+    @property
+    def step_tokens(self) -> int:
+        """The most tokens of one sequence that one step may have."""
+        return self.n_ctx if self.chunk_tokens is None else min(self.chunk_tokens, self.n_ctx)
 
     def tier(self, n_tokens: int) -> Tier:
         """The tier of a step of n_tokens: the smallest that covers it, else the largest."""
@@ -201,6 +214,8 @@ def _check_alone(plan: Plan, where: str) -> None:
         if tier.overlap and any(tier.ahead) and tier.n_slots < 2:
             raise FormatError(f"{where}.tiers[{i}].n_slots: is {tier.n_slots}; sending a layer ahead needs two slots")
         _check_fetching(plan, tier, f"{where}.tiers[{i}]")
+    if plan.chunk_tokens is not None and plan.chunk_tokens < 1:
+        raise FormatError(f"{where}.chunk_tokens: is {plan.chunk_tokens}; expected at least 1, or null for no chunks")
     if plan.cache is not None:
         _check_cache(plan.cache, f"{where}.cache")
 

@@ -19,7 +19,7 @@ from sim.policies import DECIDERS, POLICIES
 from sim.policies import decide as decision_of
 from sim.policies.decision import Decision
 from sim.policies.problem import Problem, total_s
-from sim.simulate import forecast, representative, routing_of, simulate
+from sim.simulate import forecast, routing_of, simulate
 from sim.timeline import Timeline
 from sim.workload import Step, Workload
 
@@ -90,7 +90,7 @@ def rank(
 
 def explain(spec: ModelSpec, profile: HardwareProfile, plan: Plan, workload: Workload) -> str:
     """What a plan keeps where, who computes what, how fast that is, what limits it and why; plain text."""
-    limit = bound(spec, profile, plan.vram_budget_bytes, workload, plan.cache is not None)
+    limit = bound(spec, profile, plan.vram_budget_bytes, workload, plan.cache is not None, plan.chunk_tokens)
     timeline = simulate(spec, plan, profile, workload, every_step=False)
     parts = (
         _memory_words(spec, plan),
@@ -128,7 +128,10 @@ def _list(sizes: dict[str, int]) -> str:
 
 def _share_words(spec: ModelSpec, plan: Plan, workload: Workload) -> list[str]:
     lines = ["Who computes the MLPs (share of their arithmetic)"]
-    for step in (*representative(workload)[1:2], representative(workload)[0]):
+    prompt = workload.prompt_steps(plan.chunk_tokens)
+    if len(prompt) > 1:
+        lines.append(f"  the prompt is fed in {len(prompt)} chunks of at most {plan.chunk_tokens} tokens per sequence")
+    for step in (*workload.steps()[1:2], prompt[0]):
         tier = plan.tier(step.n_tokens)
         shares = mlp_shares(spec, plan, workload, step)
         told = ", ".join(f"{kind.upper()} {share:.0%}" for kind, share in shares.items())

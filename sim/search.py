@@ -27,10 +27,10 @@ from sim.engine import schedule
 from sim.layercost import Prices, Seconds, Sending, Slowdown, slowdown
 from sim.plan import Plan, Tier
 from sim.policies.problem import Problem
-from sim.simulate import representative, routing_of
+from sim.simulate import counted, counted_chunks, representative, routing_of
 from sim.space import Branch, Space, around, coarse, finer, slot_bytes
 from sim.steptime import StepTimes
-from sim.workload import Step, Workload
+from sim.workload import Step
 
 MOST_SIMULATED = 6
 _KEPT_PER_BRANCH, _REFINED = 64, 3
@@ -221,7 +221,7 @@ class _Reference:
 
     def __init__(self, problem: Problem, contention: bool) -> None:
         self.problem = problem
-        self.steps = _counted_steps(problem.workload)
+        self.steps = _counted_steps(problem)
         self.where = routing_of(problem.spec, problem.workload)
         self.rates = problem.profile.rates if contention else None
         self.known: dict[object, float] = {}
@@ -256,7 +256,7 @@ class _Pricer:
         prices = Prices(spec, problem.profile)
         self.steps = [
             (count, StepTimes(prices, step, tuple(where(step, la) for la in range(spec.n_layers)), slowed))
-            for count, step in _counted_steps(problem.workload)
+            for count, step in _counted_steps(problem)
         ]
 
     def times(self, part: Branch, decode: tuple[Sending, ...], prompt: tuple[Sending, ...]) -> tuple[Seconds, Seconds]:
@@ -274,26 +274,17 @@ class _Pricer:
     def _total(
         self, part: Branch, decode: tuple[Sending, ...], prompt: tuple[Sending, ...], contended: bool
     ) -> Seconds:
-        (_, prefill), *others = self.steps
         branch = part.filling, part.ends, part.levels
-        if self.problem.workload.n_prompt == 1:  # a prompt of one token per sequence is a decode step
-            total = prefill.seconds(*branch, decode, contended)[:, :, None]
-        else:
-            total = prefill.seconds(*branch, prompt, contended)[:, None, :]
-        for count, step in others:
-            total = total + count * step.seconds(*branch, decode, contended)[:, :, None]
+        total = np.zeros((len(part.levels), len(decode), len(prompt)))
+        for count, times in self.steps:
+            if times.step.n_tokens <= self.problem.workload.batch:  # a prompt's last token is a decode step, too
+                total += count * times.seconds(*branch, decode, contended)[:, :, None]
+            else:
+                total += count * times.seconds(*branch, prompt, contended)[:, None, :]
         return total
 
 
-def _counted_steps(workload: Workload) -> list[tuple[float, Step]]:
-    """Prefill and a few decode steps, each with how often it counts in a generation.
-
-    A decode step that is not simulated counts for its neighbours, in the shares of linear interpolation.
-    """
-    prefill, *decode = representative(workload)
-    if not decode:
-        return [(1.0, prefill)]
-    every = np.arange(decode[0].kv_tokens, decode[-1].kv_tokens + 1)
-    at = [step.kv_tokens for step in decode]
-    counts = [float(np.interp(every, at, row).sum()) for row in np.eye(len(decode))]
-    return list(zip([1.0, *counts], [prefill, *decode], strict=True))
+def _counted_steps(problem: Problem) -> list[tuple[float, Step]]:
+    """A few of the prompt's chunks and of the decode steps, each with how often it counts in a generation."""
+    decode = representative(problem.workload)[1:]
+    return [*counted_chunks(problem.workload, problem.chunk_tokens, 2), *counted(decode)]

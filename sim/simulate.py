@@ -35,7 +35,7 @@ def simulate(
     """Simulated timeline of a workload; each step starts where the one before it ended.
 
     routing is replayed where it was recorded, and sampled by the workload's seed and skew elsewhere.
-    every_step False simulates the prefill and a few decode steps only (`representative`).
+    every_step False simulates the prompt and a few decode steps only (`representative`).
     Raises PlanError if the plan is for another model, FormatError if the trace is of another model.
     """
     check_plan(plan, spec)
@@ -43,7 +43,7 @@ def simulate(
     evidence: Counter[str] = Counter(dict.fromkeys(EVIDENCE, 0))
     all_spans: list[Span] = []
     now_s = 0.0
-    steps = workload.steps() if every_step else representative(workload)
+    steps = workload.steps(plan.chunk_tokens) if every_step else representative(workload, plan.chunk_tokens)
     walk = _walk(spec, plan, workload, where, routing)
     for step in steps:
         graph = compile_step(spec, plan, step, where, walk.before(step))
@@ -75,7 +75,7 @@ def forecast(
     n_decode: int = 8,
     ttft_s: float | None = None,
 ) -> Prediction:
-    """What `simulate` would say of a workload's speed, from the prefill and n_decode decode steps.
+    """What `simulate` would say of a workload's speed, from a few prompt chunks and n_decode decode steps.
 
     ttft_s is the prefill's time where it is known already.
 
@@ -88,16 +88,16 @@ def forecast(
     check_plan(plan, spec)
     where = routing_of(spec, workload, routing)
     rates = profile.rates if contention else None
-    prefill, *decode = representative(workload, n_decode)
-    counted = _spread(workload.steps()[1:], 128)
+    prompt, decode = counted_chunks(workload, plan.chunk_tokens), representative(workload, None, n_decode)[1:]
+    chunks, asked = [step for _, step in prompt], _spread(workload.steps()[1:], 128)
     walk = _walk(spec, plan, workload, where, routing)
     caches: dict[str, CacheState] = {}
     rows: dict[str, _Row] = {}
     known: _Known = {}
-    for step in sorted({prefill, *decode, *counted}, key=lambda s: s.kv_tokens) if plan.cache is not None else ():
+    for step in sorted({*chunks, *decode, *asked}, key=lambda s: s.kv_tokens) if plan.cache is not None else ():
         cache = walk.before(step)
         assert cache is not None, "the plan has a cache"
-        if step in (prefill, *decode):
+        if step in (*chunks, *decode):
             caches[step.name] = cache.copy()
         rows[step.name] = _cached_row(step, cache, spec, plan, profile, where, known)
 
@@ -110,20 +110,41 @@ def forecast(
             return np.array([rows[step.name] for step in steps])
         return _demand(steps, spec, plan, profile, where)
 
-    ttft_s, tpot_s = wall_s(prefill) if ttft_s is None else ttft_s, 0.0
+    if ttft_s is None:
+        ttft_s = sum(count * wall_s(step) for count, step in prompt)
+    tpot_s = 0.0
     if decode:
-        tpot_s = _mean_s(demand(decode), [wall_s(step) for step in decode], demand(counted))
-    return Prediction(ttft_s, tpot_s, prefill.n_tokens / ttft_s, workload.batch / tpot_s if tpot_s else 0.0)
+        tpot_s = _mean_s(demand(decode), [wall_s(step) for step in decode], demand(asked))
+    n_tokens = workload.n_prompt * workload.batch
+    return Prediction(ttft_s, tpot_s, n_tokens / ttft_s, workload.batch / tpot_s if tpot_s else 0.0)
 
 
 def _walk(spec: ModelSpec, plan: Plan, workload: Workload, where: RoutingOf, trace: RoutingTrace | None) -> CacheWalk:
-    return CacheWalk(spec, plan, workload.steps(), where, trace.cached if trace is not None else None)
+    steps = workload.steps(plan.chunk_tokens)
+    return CacheWalk(spec, plan, steps, where, trace.cached if trace is not None else None)
 
 
-def representative(workload: Workload, n_decode: int = 8) -> tuple[Step, ...]:
-    """Prefill and at most n_decode decode steps, evenly spread from the first to the last."""
-    prefill, *decode = workload.steps()
-    return (prefill, *_spread(decode, n_decode))
+def representative(workload: Workload, chunk_tokens: int | None = None, n_decode: int = 8) -> tuple[Step, ...]:
+    """The prompt's steps and at most n_decode decode steps, evenly spread from the first to the last."""
+    prompt = workload.prompt_steps(chunk_tokens)
+    return (*prompt, *_spread(workload.steps()[1:], n_decode))
+
+
+def counted_chunks(workload: Workload, chunk_tokens: int | None, n_whole: int = 4) -> list[tuple[float, Step]]:
+    """At most n_whole of a prompt's whole chunks, evenly spread, and its last one, each with how often it counts."""
+    *whole, last = workload.prompt_steps(chunk_tokens)
+    return [*counted(_spread(whole, n_whole)), (1.0, last)]
+
+
+def counted(steps: Sequence[Step]) -> list[tuple[float, Step]]:
+    """Steps of one size in rising depth, with the shares of those between them by linear interpolation."""
+    if len(steps) < 2:
+        return [(1.0, step) for step in steps]
+    n_new = steps[0].n_tokens // steps[0].batch
+    at = [step.kv_tokens for step in steps]
+    every = np.arange(at[0], at[-1] + 1, n_new)
+    counts = [float(np.interp(every, at, row).sum()) for row in np.eye(len(steps))]
+    return list(zip(counts, steps, strict=True))
 
 
 def _spread(steps: Sequence[Step], n: int) -> list[Step]:

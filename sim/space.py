@@ -178,7 +178,7 @@ def prompt_sendings(problem: Problem) -> tuple[Sending, ...]:
     """The same for a prompt; nothing where no step is one."""
     if problem.workload.n_prompt == 1:
         return _allowed(problem, (Sending(),))
-    return _allowed(problem, _sendings(problem, problem.workload.n_prompt * problem.workload.batch))
+    return _allowed(problem, _sendings(problem, problem.first_tokens))
 
 
 def _allowed(problem: Problem, sendings: tuple[Sending, ...]) -> tuple[Sending, ...]:

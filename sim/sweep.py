@@ -129,14 +129,16 @@ def _simulated(point: Point) -> Row:
     return simulated_row(spec, plan, profile, workload, simulate(spec, plan, profile, workload), _bound(point, plan))
 
 
-_BOUNDS: dict[tuple[str, str, int, Workload, bool], Bound] = {}
+_BOUNDS: dict[tuple[str, str, int, Workload, bool, int | None], Bound] = {}
 
 
 def _bound(point: Point, plan: Plan) -> Bound:
-    """Policies share a bound, those with an expert cache another: a worker remembers them."""
-    key = (point.spec.id, point.profile.id, point.vram_budget_bytes, point.workload, plan.cache is not None)
+    """Policies share a bound, those with an expert cache or with chunks another: a worker remembers them."""
+    spec, profile, budget, workload = point.spec, point.profile, point.vram_budget_bytes, point.workload
+    cached, chunk = plan.cache is not None, plan.chunk_tokens
+    key = (spec.id, profile.id, budget, workload, cached, chunk)
     if key not in _BOUNDS:
-        _BOUNDS[key] = bound(point.spec, point.profile, point.vram_budget_bytes, point.workload, key[-1])
+        _BOUNDS[key] = bound(spec, profile, budget, workload, cached, chunk)
     return _BOUNDS[key]
 
 

@@ -60,11 +60,23 @@ class Workload:
         """Tokens per sequence that the KV cache must hold."""
         return self.n_depth + self.n_prompt + self.n_gen
 
-    def steps(self) -> tuple[Step, ...]:
-        """Prefill, then one decode step for every generated token but the first."""
-        prefill = Step("prefill", self.n_prompt * self.batch, self.n_depth + self.n_prompt, self.batch)
+    def steps(self, chunk_tokens: int | None = None) -> tuple[Step, ...]:
+        """The prompt, then one decode step for every generated token but the first.
+
+        The prompt is one step, or one for every chunk_tokens tokens of each sequence: prefill, prefill1, ...
+        """
         first = self.n_depth + self.n_prompt
-        return (prefill, *(Step(f"decode{i}", self.batch, first + i, self.batch) for i in range(1, self.n_gen)))
+        decode = (Step(f"decode{i}", self.batch, first + i, self.batch) for i in range(1, self.n_gen))
+        return (*self.prompt_steps(chunk_tokens), *decode)
+
+    def prompt_steps(self, chunk_tokens: int | None = None) -> tuple[Step, ...]:
+        """The steps that feed the prompt, each as deep as the ones before it left the cache."""
+        size = chunk_tokens or self.n_prompt
+        ends = (*range(size, self.n_prompt, size), self.n_prompt)
+        return tuple(
+            Step(f"prefill{i or ''}", (end - i * size) * self.batch, self.n_depth + end, self.batch)
+            for i, end in enumerate(ends)
+        )
 
 
 @dataclass(frozen=True, slots=True)

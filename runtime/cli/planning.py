@@ -49,7 +49,7 @@ def plan(flags: Namespace) -> None:
     if flags.out is not None:
         made.save(flags.out)
         note(flags, f"wrote {flags.out}")
-    limit = bound(spec, profile, budget, workload, made.cache is not None)
+    limit = bound(spec, profile, budget, workload, made.cache is not None, made.chunk_tokens)
     row = simulated_row(spec, made, profile, workload, timeline, limit)
     if flags.explain:
         gains = sensitivity(problem, decision)
@@ -76,7 +76,7 @@ def simulate(flags: Namespace) -> None:
     if flags.trace is not None:
         timeline.save_chrome_trace(flags.trace)
         note(flags, f"wrote {flags.trace}; open it in ui.perfetto.dev")
-    limit = bound(spec, profile, used.vram_budget_bytes, workload, used.cache is not None)
+    limit = bound(spec, profile, used.vram_budget_bytes, workload, used.cache is not None, used.chunk_tokens)
     emit(flags, [simulated_row(spec, used, profile, workload, timeline, limit)], SIMULATED_COLUMNS)
 
 

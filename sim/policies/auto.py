@@ -11,6 +11,10 @@ Overlap: as scheinfer's, or the winning policy's.
 Cache and prefetch: as scheinfer's; or a least-recently-used cache of experts, of all layers with misses sent in the
     share that lets link and CPU end together, or of each layer with misses sent as two clocks say; or the winning
     policy's.
+Prompt chunks: where a prompt's activations take more than a fiftieth of the budget, the rule that won and the
+    paper's cut are tried again with prompts fed in 2048, 1024, 512, 256 tokens of each sequence, as long as smaller
+    chunks are faster; where nothing fits, everything is, with the largest of them with which something does.
+CPU threads: those that the profile was measured with; to compare thread counts, calibrate a profile with each.
 Derived by us: everything; no plan of another policy is faster in simulation, since all are compared.
 """
 
@@ -38,6 +42,7 @@ from sim.policies import (
 )
 from sim.policies.apart import Apart, proposed, worth_it
 from sim.policies.caches import expert_times, fetch_share, largest_cache, popular
+from sim.policies.chunks import cut, smaller
 from sim.policies.decision import Decision, Rule
 from sim.policies.problem import Policy, Problem
 from sim.search import Found, search
@@ -73,6 +78,14 @@ def propose(spec: ModelSpec, profile: HardwareProfile, vram_budget_bytes: int, w
 
 def decide(problem: Problem) -> Decision:
     """The same, with what was searched and the rule that won."""
+    try:
+        whole = _decide(problem)
+    except PlanError as error:
+        return smaller(problem, _decide, error)
+    return cut(problem, whole, (whole.again, _as_the_paper))
+
+
+def _decide(problem: Problem) -> Decision:
     if not worth_it(problem.spec):
         return _decided(problem, _searched(problem), followed)
     with Apart(problem, OTHERS) as apart:
@@ -111,6 +124,10 @@ def _searched(problem: Problem) -> Found | None:
 def _searched_again(part: Branch, problem: Problem) -> Plan:
     """The best of the one branch."""
     return search(problem, NAME, [same_space(problem, part)]).plan
+
+
+def _as_the_paper(problem: Problem) -> Plan:
+    return search(problem, NAME, [paper_space(problem)]).plan
 
 
 def followed(name: str, problem: Problem) -> Plan:

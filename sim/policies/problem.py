@@ -34,18 +34,27 @@ class Tried:
 
 @dataclass(frozen=True)
 class Problem:
-    """One model on one machine under one device memory budget, for one workload."""
+    """One model on one machine under one device memory budget, for one workload.
+
+    chunk_tokens    plans feed a prompt in steps of so many tokens of each sequence; None: in one step
+    """
 
     spec: ModelSpec
     profile: HardwareProfile
     vram_budget_bytes: int
     workload: Workload
     pins: Pins = NO_PINS
+    chunk_tokens: int | None = None
 
     @property
     def prompt_tokens(self) -> int:
-        """The most tokens that one step can have: the whole context of every sequence."""
-        return self.workload.n_ctx * self.workload.batch
+        """The most tokens that one step can have: the whole context, or a chunk, of every sequence."""
+        return min(self.workload.n_ctx, self.chunk_tokens or self.workload.n_ctx) * self.workload.batch
+
+    @property
+    def first_tokens(self) -> int:
+        """Tokens of the prompt's first step."""
+        return min(self.workload.n_prompt, self.chunk_tokens or self.workload.n_prompt) * self.workload.batch
 
     def need_gpu(self, policy: str) -> None:
         """Raise PlanError if the machine has no device."""
@@ -87,6 +96,7 @@ class Problem:
             ends=ends,
             layers=tuple(layers),
             tiers=tuple(tiers),
+            chunk_tokens=self.chunk_tokens,
         )
         return replace(plan, tiers=tuple(_tidy(self.spec, plan, tier) for tier in plan.tiers))
 
