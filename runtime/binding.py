@@ -18,8 +18,8 @@ PiecesOf = Callable[[Part], list[Piece]]
 class LayerBinding:
     """Binds the MLP tasks of one layer for one step.
 
-    x_SD is the layer's input where the layer lives; the result [S, D] is in `output` once the last
-    task has ended. routed is None for a dense MLP.
+    x_SD is the layer's input where the layer lives, on_cpu whether that is the CPU; the result [S, D] is in
+    `output` once the last task has ended. routed is None for a dense MLP.
     """
 
     def __init__(
@@ -32,8 +32,9 @@ class LayerBinding:
         x_SD: Tensor,
         routed: Routed | None,
         cache: Sequence[Tensor] = (),
+        on_cpu: bool = False,
     ) -> None:
-        self._cache = cache
+        self._cache, self._on_cpu = cache, on_cpu
         self._store, self._slots, self._device, self._pinned, self._act = store, slots, device, pinned, act
         self._x, self._routed = x_SD, routed
         self._host_x = x_SD
@@ -44,6 +45,8 @@ class LayerBinding:
 
     def bind(self, task: Task, ahead: LayerStore | None) -> Body:
         """The body of a task; `ahead` holds the weights that an ahead send of the next layer moves."""
+        if self._on_cpu and task.kind in ("act_h2d", "act_d2h"):
+            return self._up if task.kind == "act_h2d" else self._down
         if task.kind in ("gg", "cg", "act_h2d"):
             self._joined.append(task.id)
         if task.kind in ("send", "evict") and task.parts[0].cached >= 0:
@@ -90,6 +93,19 @@ class LayerBinding:
         target = self._device.staging(self._x, "act_h2d", on_host=False)
         self._device.copy([(target, self._host_y)], pinned=True)
         self._partial[name] = target
+
+    def _up(self) -> None:
+        """The input of a layer that lives on the CPU, for the device."""
+        target = self._device.staging(self._x, "act_h2d", on_host=False)
+        self._device.copy([(target, self._x)], pinned=True)
+        self._x = target
+        self._routed = self._routed.on(target.device) if self._routed is not None else None
+
+    def _down(self) -> None:
+        """The device's result, for a layer that lives on the CPU."""
+        target = self._device.staging(self.output, "act_d2h", on_host=True)
+        self._device.copy([(target, self.output)], pinned=True)
+        self.output = target
 
     # -- arithmetic -----------------------------------------------------------------------------------
 

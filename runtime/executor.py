@@ -155,10 +155,11 @@ class Executor:
         tasks = compiler.mlp(layer, counts)
         slots = self.store.slots[compiler.tier]
         store, pinned = self.store.layers[layer], self.plan.pinned
-        binding = LayerBinding(store, slots, self.device, pinned, self.act, x_SD, routed, self.store.cache)
+        on_cpu = self.plan.layers[layer].rest == "CPU"
+        binding = LayerBinding(store, slots, self.device, pinned, self.act, x_SD, routed, self.store.cache, on_cpu)
         bodies = {t.id: binding.bind(t, self.store.layers[t.layer]) for t in tasks}
         self._close()  # deciding and binding is the caller's work and counts as part of attn
-        self.device.run(tasks, bodies, inline_cpu=self.plan.layers[layer].rest == "CPU")
+        self.device.run(tasks, bodies, inline_cpu=on_cpu)
         step.since = self.device.mark(self.plan.layers[layer].rest)
         return binding.output
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -36,6 +36,10 @@ class Routed:
         counts = torch.bincount(flat, minlength=n_experts)[:n_experts].tolist()
         first = (0, *accumulate(counts))
         return Routed(tuple(counts), first, rows, weights, rows.cpu(), weights.cpu())
+
+    def on(self, device: torch.device) -> Routed:
+        """The same for a device other than the router's."""
+        return replace(self, rows=self.rows.to(device), weights=self.weights.to(device))
 
     def of_expert(self, expert: int, on_host: bool) -> tuple[Tensor, Tensor]:
         """Rows and weights of one expert."""

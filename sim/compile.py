@@ -18,7 +18,8 @@ One layer, overlapping, in issue order (every resource works in this order):
     join            GPU   sum of partial results
 
 A serial tier issues device parts, sent parts and the CPU's part one after the other, each waiting for
-the one before, and sends nothing before the router has run.
+the one before, and sends nothing before the router has run. A layer that lives on the CPU is one cc, or where
+the tier offloads it act_h2d, the device's tasks of such a tier, act_d2h.
 """
 
 from __future__ import annotations
@@ -226,10 +227,21 @@ class StepCompiler:
 
     def _mlp_on_cpu(self, layer: int, routing: Routing) -> list[Task]:
         columns = self.spec.layers[layer].ffn.columns
+        if self.tier.offload:
+            return self._offloaded_mlp(layer, dispatch(columns, self.plan.layers[layer].gg, self.tier, layer, routing))
         parts = tuple(Part(e, 0, columns, n) for e, n in enumerate(routing) if n)
         cc = self._ffn("cc", layer, "CPU", parts, (self._prev,))
         self._prev = cc.id
         return [cc]
+
+    def _offloaded_mlp(self, layer: int, split: Dispatch) -> list[Task]:
+        """The hidden state up, what the device computes of its MLP, the result down; one after the other."""
+        up = self._copy("act_h2d", "H2D", layer, self._activation_bytes(), (self._prev,))
+        self._prev = up.id
+        tasks = self._serial_mlp(layer, split, ())
+        down = self._copy("act_d2h", "D2H", layer, self._activation_bytes(), (tasks[-1].id,))
+        self._prev = down.id
+        return [up, *tasks, down]
 
     def _send_ahead(self, after: int) -> list[Task]:
         """Columns of the next layer on the device: layers on the CPU before it give the link more time, not less."""

@@ -73,7 +73,7 @@ def slot_bytes(spec: ModelSpec, plan: Plan, tier: Tier) -> int:
         return 0
     largest = 0
     for i, part in enumerate(plan.layers):
-        if part.rest == "CPU":  # such a layer computes where it lives: nothing is sent
+        if part.rest == "CPU" and not tier.offload:  # such a layer computes where it lives: nothing is sent
             continue
         columns, sent = spec.layers[i].ffn.columns, 0
         if tier.ahead[i]:

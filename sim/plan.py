@@ -92,6 +92,8 @@ class Tier:
     fetch_share         with an expert cache: the share of a layer's misses that is sent into it; the others,
                         and those that find no room, are treated as if there were no cache
     balance             with an expert cache, instead: who takes which expert, by two clocks (sim.caching)
+    offload             MLPs of layers that live on the CPU are sent and computed by the device, too, as ahead or
+                        stream_min_tokens say of all their columns; their attention stays. Only without overlap
     """
 
     name: str
@@ -103,6 +105,7 @@ class Tier:
     stream_columns: int | None = None
     fetch_share: float = 0.0
     balance: Balance | None = None
+    offload: bool = False
 
     @property
     def fetches(self) -> bool:
@@ -147,8 +150,10 @@ class Plan:
     def id(self) -> str:
         """Twelve hex digits of the decisions; the prediction does not count."""
         decided = to_json(replace(self, prediction=None, profile_id=""))
-        if self.chunk_tokens is None:  # plans from before there were chunks keep their ids
-            del decided["chunk_tokens"]
+        # plans from before these fields existed keep their ids
+        for where, name in ((decided, "chunk_tokens"), *((tier, "offload") for tier in decided["tiers"])):
+            if not where[name]:
+                del where[name]
         return digest(decided)
 
     @property
@@ -227,6 +232,10 @@ def _check_fetching(plan: Plan, tier: Tier, where: str) -> None:
         raise FormatError(f"{where}: sends misses into an expert cache, the plan has none; expected cache to be set")
     if tier.fetches and any(tier.ahead):
         raise FormatError(f"{where}: sends ahead and into the cache; a tier does one of both")
+    if tier.offload and (tier.overlap or not (any(tier.ahead) or tier.stream_min_tokens == 1)):
+        raise FormatError(f"{where}.offload: needs overlap false, and ahead or stream_min_tokens 1")
+    if tier.offload and tier.stream_columns is not None:
+        raise FormatError(f"{where}.offload: sends whole experts; expected stream_columns to be null")
     if tier.balance is not None and (tier.fetch_share > 0 or tier.stream_min_tokens is not None):
         raise FormatError(f"{where}.balance: not together with fetch_share or stream_min_tokens")
     if tier.balance is not None and min(vars(tier.balance).values()) < 0:
@@ -265,6 +274,8 @@ def check_plan(plan: Plan, spec: ModelSpec) -> None:
         for tier in plan.tiers:
             if not 0 <= tier.ahead[i] <= ffn.columns:
                 raise PlanError(f"tier {tier.name}, layer {i}: ahead is {tier.ahead[i]}, expected 0 to {ffn.columns}")
+            if part.rest == "CPU" and tier.offload and any(tier.ahead) and tier.ahead[i] < ffn.columns:
+                raise PlanError(f"tier {tier.name}, layer {i}: offload sends all of {ffn.columns} columns of an MLP")
     for at, expert in plan.cache.first if plan.cache is not None else ():
         known = 0 <= at < spec.n_layers and 0 <= expert < spec.layers[at].ffn.n_experts
         if not known or not caches_layer(plan, spec, at) or plan.layers[at].gg[expert] == spec.layers[at].ffn.columns:

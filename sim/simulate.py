@@ -221,7 +221,7 @@ def _expert_s(
     """Seconds that n_tokens ask of the CPU and of the link, for an expert with gg resident columns."""
     columns, tier = spec.layers[layer].ffn.columns, plan.tier(step.n_tokens)
     cpu = sent = 0
-    if plan.layers[layer].rest == "CPU":
+    if plan.layers[layer].rest == "CPU" and not tier.offload:
         cpu = columns
     elif n_tokens:
         split = dispatch(columns, (gg,), tier, layer, (n_tokens,))

@@ -103,9 +103,17 @@ def tiers(draw: st.DrawFn, spec: ModelSpec, name: str, max_tokens: int) -> Tier:
 
 
 @st.composite
+def offloading(draw: st.DrawFn, spec: ModelSpec) -> Tier:
+    """A serial prompt tier that sends everything, of layers on the CPU, too: ahead or after the router."""
+    if draw(st.booleans()):
+        return Tier("prompt", 10**6, False, tuple(la.ffn.columns for la in spec.layers), None, 1, offload=True)
+    return Tier("prompt", 10**6, False, (0,) * spec.n_layers, 1, draw(st.integers(1, 2)), offload=True)
+
+
+@st.composite
 def plans(draw: st.DrawFn, spec: ModelSpec) -> Plan:
     """Any plan: every cut, mixed layers, and steps of at most two rows run otherwise than longer ones."""
-    few, many = draw(tiers(spec, "decode", 2)), draw(tiers(spec, "prompt", 10**6))
+    few, many = draw(tiers(spec, "decode", 2)), draw(tiers(spec, "prompt", 10**6) | offloading(spec))
     ends: Place = draw(st.sampled_from(("GPU", "CPU")))
     plan = plan_for(spec, draw(layer_partitions(spec)), few, many, ends=ends)
     return draw(cached(spec, plan)) if spec.is_moe and draw(st.booleans()) else plan

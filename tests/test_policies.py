@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from hwmodels.errors import PlanError
 from hwmodels.profile import HardwareProfile
-from sim.memory import cache_slot_bytes, check_memory, memory
+from sim.memory import activation_bytes, cache_slot_bytes, check_memory, memory
 from sim.model import ModelSpec
 from sim.plan import Plan, check_plan, load_plan
 from sim.policies import POLICIES, policy
@@ -18,6 +19,7 @@ from sim.policies.caches import fetch_share
 from sim.policies.fiddler import crossover_tokens
 from sim.policies.problem import Problem, total_s
 from sim.simulate import forecast, simulate
+from sim.space import fixed_bytes
 from sim.timeline import Timeline
 from sim.workload import Workload, popularity
 from tests.machines import budget, dense, machine, moe
@@ -190,6 +192,43 @@ def test_llama_cpp_leaves_first_layers_to_the_cpu_where_not_even_attention_fits(
     places = [part.rest for part in plan.layers]
     assert places == sorted(places)
     assert places[0] == "CPU"
+
+
+def test_llama_cpp_uploads_the_mlps_of_layers_that_ngl_leaves_to_the_cpu():
+    # memory for activations and one MLP of 3 * 64 * 256 weights, 98304 bytes: all layers stay on the CPU, in a
+    # prompt of 32 tokens each MLP is
+    #   up 4096 B, 1 s | send 98304 B, 24 s | compute 3145728 FLOPs, 1 s | join | down 4096 B, 1 s
+    spec, workload = dense(4), Workload(n_prompt=32, n_gen=1)
+    slow_cpu = machine(link_gb_s=4096e-9, gpu_gflops=3145728e-9, gpu_gb_s=1e12, cpu_gflops=3145728e-12)
+    room = activation_bytes(spec, 33, 1) + 98304
+    plan = policy("llama-cpp")(spec, slow_cpu, room, workload)
+    assert [part.rest for part in plan.layers] == ["CPU"] * 4
+    spans = {span.task: span for span in simulate(spec, plan, slow_cpu, workload).spans}
+    names = ("act_h2d", "send0", "cg0", "join", "act_d2h")
+    chain = [spans[f"prefill.L02.{name}"] for name in names]
+    assert [round(span.duration_s, 6) for span in chain] == [1, 24, 1, 0, 1]
+    assert all(a.end_s == b.start_s for a, b in pairwise(chain))
+    assert spans["prefill.L03.attn"].start_s == chain[-1].end_s
+    assert spans["prefill.L03.attn"].resource == "CPU"
+
+
+def test_llama_cpp_computes_31_tokens_on_the_cpu_where_ngl_left_them():
+    spec, workload = dense(4), Workload(n_prompt=31, n_gen=2)
+    slow_cpu = machine(link_gb_s=50, cpu_gflops=0.1)
+    plan = policy("llama-cpp")(spec, slow_cpu, activation_bytes(spec, 33, 1) + 98304, workload)
+    kinds = {span.kind for span in simulate(spec, plan, slow_cpu, workload).spans}
+    assert "cc" in kinds
+    assert not kinds & {"send", "cg"}
+
+
+def test_llama_cpp_feeds_a_long_prompt_in_micro_batches_where_that_is_faster():
+    # a micro-batch's activations leave room for MLPs, which the slow link would else send in every decode step
+    spec, workload = dense(4, columns=1024, max_position_embeddings=8192), Workload(n_prompt=4096, n_gen=64)
+    cut = activation_bytes(spec, 512, 1) + fixed_bytes(Problem(spec, machine(), 0, Workload(1, 1)), 0, "GPU")
+    room = cut + sum(spec.kv_bytes(i, 4160) + spec.ffn_bytes(i) for i in range(4))
+    slow = machine(cpu_gb_s=0.1, link_gb_s=0.1, cpu_gflops=10)
+    assert policy("llama-cpp")(spec, slow, room, workload).chunk_tokens == 512
+    assert policy("llama-cpp")(spec, slow, 10**9, workload).chunk_tokens is None
 
 
 @pytest.mark.parametrize(("cpu_ms_per_token", "copy_ms"), [(7, 70), (1, 70), (70, 7)])

@@ -155,7 +155,8 @@ class EmulatedDevice:
                         self._submit(current, bodies[current.id])
                 for current in inline:
                     self._run_inline(self._tickets[current.id], bodies[current.id])
-                if not inline:  # a copy that the caller needs
+                current = tasks[-1]
+                if current not in inline:  # a copy that the caller needs
                     self._wait(self._tickets[current.id])
         except BaseException as error:
             first = failure(current, error)

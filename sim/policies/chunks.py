@@ -1,4 +1,4 @@
-"""Prompt chunks in auto: smaller steps of a prompt need fewer activations, weights take their place, prompts last longer.
+"""Prompt chunks in auto: smaller steps need fewer activations, weights take their place, prompts last longer.
 
 Tried only where a whole prompt's activations take a good part of the budget, and searched only where every byte
 freed would have to save no more than twice its share to pay for the longer prompt.

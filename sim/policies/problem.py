@@ -211,12 +211,16 @@ class Problem:
 
 def _tidy(spec: ModelSpec, plan: Plan, tier: Tier) -> Tier:
     sends = any(
-        part.rest == "GPU" and min(part.gg) < la.ffn.columns and (tier.ahead[i] or tier.stream_min_tokens is not None)
+        (part.rest == "GPU" or tier.offload)
+        and min(part.gg) < la.ffn.columns
+        and (tier.ahead[i] or tier.stream_min_tokens is not None)
         for i, (part, la) in enumerate(zip(plan.layers, spec.layers, strict=True))
     )
     if sends:
         return tier
-    return replace(tier, ahead=(0,) * spec.n_layers, stream_min_tokens=None, n_slots=0, stream_columns=None)
+    return replace(
+        tier, ahead=(0,) * spec.n_layers, stream_min_tokens=None, n_slots=0, stream_columns=None, offload=False
+    )
 
 
 def total_s(prediction: Prediction, workload: Workload) -> float:
