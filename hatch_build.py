@@ -28,13 +28,9 @@ _AVX512 = (
     "-mavx512dq",
     "-mprefer-vector-width=512",
 )
-_ANYWHERE: dict[str, tuple[str, ...]] = {
-    "link.cpp": (),
-    "mlp.cpp": (),
-    "pool.cpp": (),
-    "portable.cpp": (),
-    "probe.cpp": (),
-}
+_ANYWHERE: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("linear.cpp", "link.cpp", "mlp.cpp", "pool.cpp", "portable.cpp", "probe.cpp"), ()
+)
 _X86: dict[str, tuple[str, ...]] = {
     "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "avx512.cpp": _AVX512,

@@ -20,12 +20,13 @@ from runtime.binding import LayerBinding, send_pairs
 from runtime.devices.base import Body, CopyPair, Device, Mark
 from runtime.memory import WeightStore
 from runtime.ops import Activation
+from runtime.projection import computes_step
 from runtime.routing import Routed
 from sim.caching import CacheState, Key
 from sim.compile import StepCompiler
 from sim.graph import Task
 from sim.model import ModelSpec
-from sim.plan import Plan
+from sim.plan import Place, Plan
 from sim.timeline import Span, Timeline
 from sim.workload import Routing, RoutingTrace, Step
 
@@ -35,6 +36,7 @@ class _StepState:
     """The step in progress: what was compiled, when the calling thread's tasks began and ended."""
 
     compiler: StepCompiler
+    by_kernel: bool
     caller_tasks: list[tuple[Task, Mark, Mark]] = field(default_factory=list)
     open_task: Task | None = None
     sample: Task | None = None
@@ -126,6 +128,8 @@ class Executor:
         self._abandon_step()
         if not self._in_run and n_tokens == kv_tokens * batch:
             self._recording = self._fresh()
+        by_kernel = computes_step(n_tokens)
+        self.device.work_at(self.plan.ends, self.plan.ends == "CPU" and by_kernel)
         self.device.set_clock()
         now = self.device.mark(self.plan.ends)
         record = self._recording
@@ -133,7 +137,7 @@ class Executor:
         name = record.next_step()
         compiler = StepCompiler(self.spec, self.plan, Step(name, n_tokens, kv_tokens, batch), self.cache)
         embed, *ahead = compiler.begin()
-        self._step = _StepState(compiler, open_task=embed, since=now)
+        self._step = _StepState(compiler, by_kernel, open_task=embed, since=now)
         self._send_ahead(ahead)
 
     def enter_layer(self, layer: int, hidden: Tensor) -> Tensor:
@@ -143,6 +147,7 @@ class Executor:
             self._close()
         *moves, attn = step.compiler.attention(layer)
         hidden = self._move(moves, hidden)
+        self._work_at(self.plan.layers[layer].rest)
         step.open_task = attn
         return hidden
 
@@ -168,6 +173,7 @@ class Executor:
         step = self._current()
         *moves, head, step.sample = step.compiler.end()
         hidden = self._move(moves, hidden)
+        self._work_at(self.plan.ends)
         step.open_task = head
         return hidden
 
@@ -253,6 +259,9 @@ class Executor:
             self._current().since = self.device.mark("CPU" if to_host else "GPU")
             hidden = target
         return hidden
+
+    def _work_at(self, place: Place) -> None:
+        self.device.work_at(place, place == "CPU" and self._current().by_kernel)
 
     def _send_ahead(self, tasks: Sequence[Task]) -> None:
         bodies: dict[str, Body] = {}

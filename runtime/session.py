@@ -27,6 +27,7 @@ from runtime.devices.base import failure
 from runtime.executor import Executor
 from runtime.ffn import PartitionedExperts, PartitionedMlp, attach
 from runtime.memory import WeightStore, allocate, fill_cache
+from runtime.projection import use_projections
 from runtime.skeleton import build_skeleton, load_rest
 from sim.memory import Memory, check_memory, memory
 from sim.model import ModelSpec
@@ -181,6 +182,7 @@ def assemble(folder: Path, spec: ModelSpec, plan: Plan, device: Device, fill: Fi
         planned.executor = Executor(spec, plan, device, store, ACT2FN[model.config.hidden_act])
         planned.device_memory = need
         planned.last_timeline, planned.last_routing = None, None
+        use_projections(model)
         attach(planned, planned.executor)
         weakref.finalize(planned, device.close)  # threads do not outlive a model that nobody closed
         return planned

@@ -18,6 +18,7 @@ import torch
 
 from hwmodels.errors import ExecutionError, PlanError
 from hwmodels.units import format_bytes
+from runtime import native
 from runtime.clock import now_ns
 from sim.graph import Task
 from sim.plan import Place
@@ -163,6 +164,16 @@ def give_up(tickets: Iterable[Ticket]) -> None:
             ticket.fail(ExecutionError(f"task {ticket.task.id}: its step was given up"))
 
 
+def take_threads(n_threads: int, by_kernel: bool) -> None:
+    """Let the calling thread compute on n_threads; where the native kernel does most, it alone takes them.
+
+    Threads of torch spin for a while after each call, on cores that the kernel's threads are pinned to: small
+    steps of both in turn took three times as long.
+    """
+    torch.set_num_threads(1 if by_kernel else n_threads)
+    native.set_threads(n_threads if by_kernel else 0)
+
+
 class Arena:
     """Device memory under a hard cap: every planned byte is taken here before it is allocated."""
 
@@ -214,6 +225,9 @@ class Device(Protocol):
 
     def driving(self) -> AbstractContextManager[None]:
         """The calling thread issues the device's work inside the block; nests. Another thread waits its turn."""
+
+    def work_at(self, place: Place, by_kernel: bool) -> None:
+        """The calling thread's next work is the place's, on the CPU mostly the native kernel's; inside driving()."""
 
     def issue(self, tasks: Sequence[Task], bodies: Mapping[str, Body]) -> None:
         """Hand copies to their queues and return at once."""

@@ -20,7 +20,18 @@ from hwmodels.errors import ExecutionError, PlanError
 from hwmodels.units import format_bytes
 from runtime import native
 from runtime.clock import now_ns
-from runtime.devices.base import Arena, Body, CopyPair, DeviceKind, Mark, Ticket, WorkerQueue, failure, give_up
+from runtime.devices.base import (
+    Arena,
+    Body,
+    CopyPair,
+    DeviceKind,
+    Mark,
+    Ticket,
+    WorkerQueue,
+    failure,
+    give_up,
+    take_threads,
+)
 from sim.graph import Task
 from sim.plan import Place
 
@@ -169,6 +180,7 @@ class CudaDevice:
                 yield
                 return
             own, compute = torch.cuda.current_stream(self.torch_device), self._streams["GPU"]
+            n_threads = torch.get_num_threads()
             try:
                 self._is_driven = True
                 compute.wait_stream(own)
@@ -176,7 +188,13 @@ class CudaDevice:
                     yield
             finally:
                 self._is_driven = False
+                take_threads(n_threads, by_kernel=False)
                 own.wait_stream(compute)
+
+    def work_at(self, place: Place, by_kernel: bool) -> None:
+        """The calling thread launches for the device and computes for the CPU, on the same cores."""
+        if place == "CPU":
+            take_threads(self.cpu_threads, by_kernel)
 
     def issue(self, tasks: Sequence[Task], bodies: Mapping[str, Body]) -> None:
         """Launch copies into their streams."""

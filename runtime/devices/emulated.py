@@ -1,8 +1,9 @@
 """The emulated device: a second thread pool as the accelerator, a paced link, a capped arena.
 
 Real tensors, real copies, real asynchrony. The calling thread is the accelerator's queue (as it is the
-one that issues a GPU's work); CPU, H2D and D2H are worker threads. Nothing sleeps in place of work
-except the link's pacing. Its numbers are labelled `emulated` wherever they appear.
+one that issues a GPU's work), and the CPU in layers that a plan leaves there; CPU, H2D and D2H are
+worker threads. Nothing sleeps in place of work except the link's pacing. Its numbers are labelled
+`emulated` wherever they appear.
 """
 
 from __future__ import annotations
@@ -20,7 +21,18 @@ import torch
 from hwmodels.errors import ExecutionError
 from runtime import native
 from runtime.clock import now_ns
-from runtime.devices.base import Arena, Body, CopyPair, DeviceKind, Mark, Ticket, WorkerQueue, failure, give_up
+from runtime.devices.base import (
+    Arena,
+    Body,
+    CopyPair,
+    DeviceKind,
+    Mark,
+    Ticket,
+    WorkerQueue,
+    failure,
+    give_up,
+    take_threads,
+)
 from sim.graph import Task
 from sim.plan import Place
 
@@ -61,10 +73,15 @@ class EmulatedDevice:
         self.cpu_threads = min(cpu_threads or max(1, len(cores) // 2), len(cores))
         self.gpu_threads = max(1, len(cores) - self.cpu_threads)
         self.link = link or Link()
-        self._cores = frozenset(cores[: self.gpu_threads])
+        cpu_cores = frozenset(cores[-self.cpu_threads :])
+        self._shares = {
+            "GPU": (frozenset(cores[: self.gpu_threads]), self.gpu_threads),
+            "CPU": (cpu_cores, self.cpu_threads),
+        }
         self._driver, self._is_driven = threading.RLock(), False
+        self._work: tuple[Place, bool] = ("GPU", False)
         self._queues = {
-            "CPU": WorkerQueue("cpu", self.cpu_threads, frozenset(cores[-self.cpu_threads :])),
+            "CPU": WorkerQueue("cpu", self.cpu_threads, cpu_cores),
             "H2D": WorkerQueue("h2d", 1, frozenset(cores)),  # the links float
             "D2H": WorkerQueue("d2h", 1, frozenset(cores)),
         }
@@ -122,7 +139,7 @@ class EmulatedDevice:
 
     @contextmanager
     def driving(self) -> Iterator[None]:
-        """The calling thread is the accelerator inside the block: its cores, its number of threads."""
+        """The calling thread works in the block with the cores and the number of threads of where it works."""
         with self._driver:
             if self._is_driven:
                 yield
@@ -130,13 +147,25 @@ class EmulatedDevice:
             cores, n_threads = os.sched_getaffinity(0), torch.get_num_threads()
             try:
                 self._is_driven = True
-                os.sched_setaffinity(0, self._cores)
-                torch.set_num_threads(self.gpu_threads)
+                self._take_share()
                 yield
             finally:
                 self._is_driven = False
-                torch.set_num_threads(n_threads)
+                take_threads(n_threads, by_kernel=False)
                 os.sched_setaffinity(0, cores)
+
+    def work_at(self, place: Place, by_kernel: bool) -> None:
+        """What the calling thread does from now on is the accelerator's, or the CPU's in a plan's CPU layers."""
+        if (place, by_kernel) != self._work:
+            self._work = place, by_kernel
+            if self._is_driven:
+                self._take_share()
+
+    def _take_share(self) -> None:
+        place, by_kernel = self._work
+        cores, n_threads = self._shares[place]
+        os.sched_setaffinity(0, cores)
+        take_threads(n_threads, by_kernel)
 
     def issue(self, tasks: Sequence[Task], bodies: Mapping[str, Body]) -> None:
         """Hand tasks of CPU, H2D and D2H to their threads."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16")
 """Instruction sets that the kernel is compiled for, the best last; AMX is not among them."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE = 2
+_INTERFACE = 3
 _AMX_ROWS = 32  # as many as AMX computes in the time of one
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SILU, _GELU_TANH, _GELU_ERF = range(3)
@@ -40,6 +41,7 @@ _ACTIVATIONS = {
     "NewGELUActivation": _GELU_TANH,
     "GELUActivation": _GELU_ERF,
 }
+_own = threading.local()
 Piece = tuple[Tensor, Tensor]
 Expert = tuple[Tensor | None, Tensor | None, Sequence[Piece]]
 """Row numbers (all rows if None), a weight for each (ones if None), pieces of columns."""
@@ -58,7 +60,7 @@ class Kernel:
         return self.isas[-1]
 
     def mlp(self, x_SD: Tensor, experts: Iterable[Expert], act: int, isa: str | None = None) -> Tensor:
-        """Sum over experts of their gated MLPs for their rows of x_SD, on torch's number of threads.
+        """Sum over experts of their gated MLPs for their rows of x_SD, on threads() threads.
 
         All tensors contiguous, on the CPU and of x's dtype but for rows (int64) and weights (float32).
         ExecutionError if memory runs out.
@@ -78,17 +80,33 @@ class Kernel:
             _DTYPES[x_SD.dtype],
             act,
             ISAS.index(isa or self.isa),
-            torch.get_num_threads(),
+            threads(),
             n_experts,
             words.buffer_info()[0],
         )
-        if failed:
-            raise ExecutionError(f"native kernel: {('no memory', 'no such instruction set')[failed - 1]}")
+        _check(failed)
         return y_SD
 
+    def linear(self, x_SK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, isa: str | None = None) -> Tensor:
+        """x @ weight.T + bias: [S, N], rounded once, on threads() threads. Tensors as for mlp."""
+        x_SK, y_SN = x_SK.contiguous(), x_SK.new_empty((x_SK.shape[0], weight_NK.shape[0]))
+        failed = self.library.scheinfer_linear(
+            x_SK.data_ptr(),
+            weight_NK.data_ptr(),
+            _address(bias_N),
+            y_SN.data_ptr(),
+            *x_SK.shape,
+            weight_NK.shape[0],
+            _DTYPES[x_SK.dtype],
+            ISAS.index(isa or self.isa),
+            threads(),
+        )
+        _check(failed)
+        return y_SN
+
     def read(self, flat: Tensor) -> None:
-        """Read a tensor's memory and do nothing else, on torch's number of threads: what bounds mlp at one token."""
-        self.library.scheinfer_read(flat.data_ptr(), flat.nbytes, torch.get_num_threads())
+        """Read a tensor's memory and do nothing else, on threads() threads: what bounds mlp at one token."""
+        self.library.scheinfer_read(flat.data_ptr(), flat.nbytes, threads())
 
     def copy(self, pairs: Iterable[tuple[Tensor, Tensor]], bytes_per_s: float, chunk_bytes: int) -> None:
         """Copy pairs (to, from) of contiguous tensors chunk by chunk, never ahead of the rate. See link.cpp."""
@@ -100,6 +118,11 @@ class Kernel:
     def end_workers(self) -> None:
         """End the threads that compute for the calling thread; its next call starts new ones."""
         self.library.scheinfer_end_workers()
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise ExecutionError(f"native kernel: {('no memory', 'no such instruction set')[failed - 1]}")
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -117,6 +140,7 @@ def load(path: Path) -> Kernel:
         raise KernelError(f"{path} has interface {interface}, expected {_INTERFACE}; reinstall the package")
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.scheinfer_mlp.argtypes = [pointer, pointer, number, number, *[ctypes.c_int] * 4, number, pointer]
+    library.scheinfer_linear.argtypes = [*[pointer] * 4, *[number] * 3, *[ctypes.c_int] * 3]
     library.scheinfer_read.argtypes = [pointer, number, ctypes.c_int]
     library.scheinfer_copy.argtypes = [pointer, number, ctypes.c_double, number]
     library.scheinfer_copy.restype = None
@@ -218,6 +242,26 @@ def takes(x_SD: Tensor, pieces: Sequence[Piece]) -> bool:
 def copies(to: Tensor, of: Tensor) -> bool:
     """Whether the kernel copies one to the other: in the same order of bytes."""
     return to.dtype == of.dtype and to.numel() == of.numel() and to.is_contiguous() and of.is_contiguous()
+
+
+def projects(x_SK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
+    """Whether the kernel computes a dense projection of these tensors: as takes says of an MLP's."""
+    dtype = x_SK.dtype
+    if x_SK.device.type != "cpu" or dtype not in _DTYPES:
+        return False
+    if torch.is_grad_enabled() and (x_SK.requires_grad or weight_NK.requires_grad):
+        return False
+    return weight_NK.dtype == dtype and weight_NK.is_contiguous() and (bias_N is None or bias_N.dtype == dtype)
+
+
+def threads() -> int:
+    """Threads that compute for the calling thread: what set_threads said, else torch's number."""
+    return getattr(_own, "n_threads", 0) or torch.get_num_threads()
+
+
+def set_threads(n_threads: int) -> None:
+    """Another number of threads than torch's for the calling thread; 0 for torch's."""
+    _own.n_threads = n_threads
 
 
 def end_workers() -> None:

@@ -27,6 +27,7 @@ struct Kernels {
   // to[i] = act(gate[i]) * up[i], as activations.
   void (*activate)(const float* gate, const float* up, int64_t n, int act, void* to);
   void (*store_row)(const float* from, int64_t n, void* to);
+  void (*widen_row)(const void* from, int64_t n, float* to);
   int activation_bytes;
 };
 

@@ -5,32 +5,14 @@
 //
 // Sums are float32 from weights to y, which is rounded once. Activations h are float32, or bfloat16 where the CPU
 // multiplies bfloat16.
-#include <cstdlib>
-#include <new>
 #include <vector>
 
-#include "kernel.h"
+#include "rows.h"
+
+extern "C" int scheinfer_has(int isa);
 
 namespace scheinfer {
 namespace {
-
-constexpr int64_t TOKENS_AT_ONCE = 240;  // their activations of one block of K are at most 1 MiB
-constexpr int64_t MOST_ROWS = 64;        // of W in one item of work
-
-struct Aligned {
-  char* data = nullptr;
-  size_t size = 0;
-  ~Aligned() { free(data); }
-  char* at_least(size_t n) {
-    if (n > size) {
-      free(data);
-      data = static_cast<char*>(aligned_alloc(4096, (n + 4095) / 4096 * 4096));
-      size = data ? n : 0;
-      if (!data) throw std::bad_alloc();
-    }
-    return data;
-  }
-};
 
 struct Piece {
   const char *gate, *up, *down;
@@ -55,7 +37,7 @@ struct Item {
 
 struct Call {
   const Kernels* k;
-  int64_t D, S, weight_bytes, rows_at_once;
+  int64_t D, S, weight_bytes, at_once;
   int act;
   char* y;
   float* sums;  // [S, D]
@@ -66,19 +48,6 @@ struct Call {
 struct Memory {  // of a calling thread, kept for its next call
   Aligned x, h, sums;
 };
-
-int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Rows of activations end in zeros, and begin where no two of them share a set of the cache.
-int64_t stride_of(int64_t n, int64_t bytes) { return up_to(n, PAD) * bytes + 64; }
-
-struct Scratch {
-  float one[MOST_ROWS * TOKENS_AT_ONCE], other[MOST_ROWS * TOKENS_AT_ONCE], wide[SCRATCH];
-};
-Scratch& scratch() {
-  static thread_local Scratch own;
-  return own;
-}
 
 void gate_and_up(void* context, int64_t index) {
   const Call& call = *static_cast<const Call*>(context);
@@ -119,8 +88,8 @@ void add_down(const Call& call, const Expert& expert, const Piece& piece, int64_
 
 void down(void* context, int64_t index) {
   const Call& call = *static_cast<const Call*>(context);
-  const int64_t first = index * call.rows_at_once, left = call.D - first;
-  const int64_t n = left < call.rows_at_once ? left : call.rows_at_once;
+  const int64_t first = index * call.at_once, left = call.D - first;
+  const int64_t n = left < call.at_once ? left : call.at_once;
   for (int64_t s = 0; s < call.S; s++)
     for (int64_t i = 0; i < n; i++) call.sums[s * call.D + first + i] = 0.0f;
   for (const Expert& expert : call.experts)
@@ -154,15 +123,11 @@ void share_out(Call& call, Memory& memory, int n_threads) {
   int64_t n_columns = 0;
   for (const Expert& expert : call.experts)
     for (const Piece& piece : expert.pieces) n_columns += piece.columns;
-  const auto at_once = [n_threads](int64_t n) {
-    const int64_t share = up_to(n / (8 * n_threads) + 1, ROWS);
-    return share < MOST_ROWS ? share : MOST_ROWS;
-  };
   for (Expert& expert : call.experts)
     for (Piece& piece : expert.pieces) {
       piece.stride = stride_of(piece.columns, call.k->activation_bytes);
       total += size_t(piece.stride * expert.n_rows);
-      const int64_t most = at_once(n_columns);
+      const int64_t most = rows_at_once(n_columns, n_threads);
       for (int64_t first = 0; first < piece.columns; first += most) {
         const int64_t last = first + most < piece.columns ? first + most : piece.columns;
         call.items.push_back({&expert, &piece, first, last});
@@ -171,10 +136,13 @@ void share_out(Call& call, Memory& memory, int n_threads) {
   char* h = memory.h.at_least(total);
   for (Expert& expert : call.experts)
     for (Piece& piece : expert.pieces) piece.h = h, h += piece.stride * expert.n_rows;
-  call.rows_at_once = at_once(call.D);
+  call.at_once = rows_at_once(call.D, n_threads);
 }
 
+}  // namespace
+
 const Kernels* kernels(int isa, int dtype) {
+  if (!scheinfer_has(isa)) return nullptr;
 #if defined(__x86_64__)
   if (isa == AVX512_BF16) return avx512_bf16_kernels(dtype);
   if (isa == AVX512) return avx512_kernels(dtype);
@@ -183,7 +151,6 @@ const Kernels* kernels(int isa, int dtype) {
   return isa == PORTABLE ? portable_kernels(dtype) : nullptr;
 }
 
-}  // namespace
 }  // namespace scheinfer
 
 using namespace scheinfer;
@@ -191,7 +158,7 @@ using namespace scheinfer;
 extern "C" {
 
 // Counts changes of this interface: a library of other sources is not used.
-int scheinfer_interface() { return 2; }
+int scheinfer_interface() { return 3; }
 
 // Whether this CPU has an instruction set.
 int scheinfer_has(int isa) {
@@ -213,7 +180,7 @@ int scheinfer_mlp(const void* x, void* y, int64_t S, int64_t D, int dtype, int a
   static thread_local Memory memory;
   try {
     const Kernels* k = kernels(isa, dtype);
-    if (!k || !scheinfer_has(isa)) return 2;
+    if (!k) return 2;
     const int64_t weight_bytes = dtype == F32 ? 4 : 2, stride = stride_of(D, k->activation_bytes);
     char* rows = memory.x.at_least(size_t(S * stride));
     for (int64_t s = 0; s < S; s++)
@@ -223,7 +190,7 @@ int scheinfer_mlp(const void* x, void* y, int64_t S, int64_t D, int dtype, int a
     read_experts(call, experts, n_experts, rows, stride);
     share_out(call, memory, n_threads);
     parallel(n_threads, int64_t(call.items.size()), gate_and_up, &call);
-    parallel(n_threads, (D + call.rows_at_once - 1) / call.rows_at_once, down, &call);
+    parallel(n_threads, (D + call.at_once - 1) / call.at_once, down, &call);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

@@ -255,8 +255,15 @@ void store_row(const float* from, int64_t n, void* to) {
 }
 
 template <class T>
+void widen_row(const void* from, int64_t n, float* to) {
+  const auto* source = static_cast<const typename T::Weight*>(from);
+  for (int64_t i = 0; i < n; i++) to[i] = widen(source[i]);
+}
+
+template <class T>
 const Kernels* kernels_of() {
-  static const Kernels found = {dots<T>, load_row<T>, activate<T>, store_row<T>, int(sizeof(typename T::Input))};
+  static const Kernels found = {dots<T>, load_row<T>, activate<T>, store_row<T>, widen_row<T>,
+                                int(sizeof(typename T::Input))};
   return &found;
 }
 

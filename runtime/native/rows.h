@@ -1,0 +1,51 @@
+// What calls of the kernel share: memory that is kept, where rows of activations lie, room for a tile's results.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "kernel.h"
+
+namespace scheinfer {
+
+constexpr int64_t TOKENS_AT_ONCE = 240;  // their activations of one block of K are at most 1 MiB
+constexpr int64_t MOST_ROWS = 64;        // of W in one item of work
+
+struct Aligned {
+  char* data = nullptr;
+  size_t size = 0;
+  ~Aligned() { free(data); }
+  char* at_least(size_t n) {
+    if (n > size) {
+      free(data);
+      data = static_cast<char*>(aligned_alloc(4096, (n + 4095) / 4096 * 4096));
+      size = data ? n : 0;
+      if (!data) throw std::bad_alloc();
+    }
+    return data;
+  }
+};
+
+struct Scratch {
+  float one[MOST_ROWS * TOKENS_AT_ONCE], other[MOST_ROWS * TOKENS_AT_ONCE], wide[SCRATCH];
+};
+inline Scratch& scratch() {
+  static thread_local Scratch own;
+  return own;
+}
+
+inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Rows of activations end in zeros, and begin where no two of them share a set of the cache.
+inline int64_t stride_of(int64_t n, int64_t bytes) { return up_to(n, PAD) * bytes + 64; }
+
+// Rows of W in one item of work, so that each thread gets several.
+inline int64_t rows_at_once(int64_t n, int n_threads) {
+  const int64_t share = up_to(n / (8 * n_threads) + 1, ROWS);
+  return share < MOST_ROWS ? share : MOST_ROWS;
+}
+
+// Functions for a dtype of weights; null where this CPU lacks the instruction set or they were not compiled.
+const Kernels* kernels(int isa, int dtype);
+
+}  // namespace scheinfer

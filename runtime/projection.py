@@ -1,0 +1,38 @@
+"""Dense projections of few rows on the CPU by the native kernel: attention's, shared experts', the head.
+
+At one token a projection is as fast as its weights are read; F.linear in bfloat16 reads them at two thirds of
+what memory gives (experiments.cpu_kernels). Prompts stay with torch.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from runtime import native
+
+FEW_ROWS = 8
+
+
+def computes_step(n_rows: int) -> bool:
+    """Whether the kernel computes all that is large in a step of n_rows on the CPU, but for attention's past."""
+    return n_rows <= FEW_ROWS and native.kernel() is not None
+
+
+class Projection(nn.Linear):
+    """A linear layer, in place of the one whose weights it holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x @ weight.T + bias, [..., in] -> [..., out]."""
+        kernel = native.kernel()
+        rows = x.reshape(-1, x.shape[-1])
+        if kernel is None or rows.shape[0] > FEW_ROWS or not native.projects(rows, self.weight, self.bias):
+            return super().forward(x)
+        return kernel.linear(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+
+
+def use_projections(model: PreTrainedModel) -> None:
+    """Let the kernel compute the model's linear layers where they lie on the CPU."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.device.type == "cpu":
+            module.__class__ = Projection
