@@ -1,24 +1,28 @@
-"""How fast is this runtime on the CPU alone, beside transformers' own ways to run the same checkpoint?
+"""How fast is this runtime on the CPU alone, beside others on the same weights and beside what memory allows?
 
-    python -m experiments.peers            2 minutes on 2 cores; writes experiments/results/peers/
-    python -m experiments.peers --smoke    20 s on a tiny shape; writes nowhere unless --out is given
+    python -m experiments.peers            5 minutes on 2 cores; writes experiments/results/peers/, a folder per model
+    python -m experiments.peers --smoke    30 s on tiny shapes; writes nowhere unless --out is given
 
-One Mixtral-like checkpoint of random weights, loaded by transformers with each of its implementations of experts and
-by this runtime with policy `cpu-only`, in float32 and bfloat16, on the same threads. All of a dtype are loaded at
-once and take turns, round after round; one loop drives them all: a prompt, then token after token with a KV cache.
-Numbers are medians over the rounds; the spread is half of the distance between quartiles over the median.
+Three checkpoints of 1 to 2 B random bfloat16 parameters (experiments.peer_models), run by policy `cpu-only`, by
+transformers with each of its implementations of experts, and by llama.cpp where llama-cpp-python is installed and
+`--gguf NAME=FILE` gives the same weights as BF16 GGUF. All of a model are loaded at once and take turns, round after
+round, on the same threads: a prompt, then token after token with a KV cache. Before and after each a loop that only
+reads memory runs. Numbers are medians over the rounds, spread half of the distance between quartiles over the median;
+read_share is the time of reading a token's weights at the median read rate, over TPOT.
 
-One should see `grouped_mm` as the nearest of the others and `batched_mm`, which copies the weights of every chosen
-expert, far behind at prompts. On a busy machine the spread is larger than any difference: others_load tells. No
-device is involved.
+One should see ours at 0.75 of what memory allows or more, ahead of the others. On a busy machine the spread is larger
+than any difference: others_load tells. No device is involved.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -26,22 +30,28 @@ from typing import Any
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from experiments.peer_models import SHAPES, token_bytes, write
 from experiments.record import RESULTS, record
 from hwmodels.catalog import cache_folder
 from hwmodels.load import LoadMeter
 from hwmodels.profile import HardwareProfile, Peak
 from runtime import native
-from runtime.demo_models import write_demo_models
 from runtime.session import PlannedModel, load_planned
 from sim.model import load_model
 from sim.planner import plan
 from sim.workload import Workload
 
-PEERS = ("eager", "batched_mm", "grouped_mm")
-DTYPES = ("float32", "bfloat16")
-_RATE, _BYTES = 1e12, 1 << 36
+PEERS = {"eager": ("eager", "eager"), "grouped_mm": ("grouped_mm", "grouped_mm")}
+PEERS["batched_mm"] = ("grouped_mm", "batched_mm")
+"""What transformers computes experts by, in the prompt and after it: batched_mm copies the weights of each token's
+experts, 34 GB for 512 tokens here."""
+DTYPE = "bfloat16"
+OWN = "scheinfer cpu-only"
+_RATE, _BYTES, _PROBE_BYTES, _REST_S = 1e12, 1 << 36, 1 << 28, 0.05
+Run = Callable[[torch.Tensor, int], tuple[float, float]]
+"""Prompt and number of tokens -> TTFT and TPOT in seconds."""
 
 
 def ours(folder: Path, dtype: str, workload: Workload) -> PlannedModel:
@@ -53,83 +63,115 @@ def ours(folder: Path, dtype: str, workload: Workload) -> PlannedModel:
     return load_planned(folder, made, dtype, "emulated", torch.get_num_threads())
 
 
-def theirs(folder: Path, dtype: str, experts: str) -> PreTrainedModel:
+def theirs(folder: Path, experts: str) -> PreTrainedModel:
     """The checkpoint by transformers."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), experts_implementation=experts, local_files_only=True
+        folder, dtype=getattr(torch, DTYPE), experts_implementation=experts, local_files_only=True
     )
     return model
 
 
-@torch.no_grad()
-def generate(model: PreTrainedModel, ids: torch.Tensor, n_gen: int) -> tuple[float, float, list[int]]:
-    """TTFT, TPOT and the greedy tokens."""
-    cache, fed, tokens, times = DynamicCache(config=model.config), ids, [], [time.perf_counter()]
-    for _ in range(n_gen):
-        logits = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        fed = logits[:, -1].argmax(-1, keepdim=True)
-        tokens.append(int(fed[0, 0]))
-        times.append(time.perf_counter())
-    return times[1] - times[0], (times[-1] - times[1]) / (n_gen - 1), tokens
+def runs_of(model: PreTrainedModel, experts: Sequence[str] = ()) -> Run:
+    """Greedy generation by a transformers model, with implementations of experts in prompt and decode if named."""
+
+    @torch.no_grad()
+    def run(ids: torch.Tensor, n_gen: int) -> tuple[float, float]:
+        cache, fed, times = DynamicCache(config=model.config), ids, [time.perf_counter()]
+        for i in range(n_gen):
+            if experts and i < len(experts):
+                model.set_experts_implementation(experts[i])
+            logits = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            fed = logits[:, -1].argmax(-1, keepdim=True)
+            times.append(time.perf_counter())
+        return times[1] - times[0], (times[-1] - times[1]) / (n_gen - 1)
+
+    return run
 
 
-def write_tiny(folder: Path) -> None:
-    """A checkpoint that takes no time."""
-    config = MixtralConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-    MixtralForCausalLM(config).save_pretrained(folder)
+def runs_of_llama_cpp(gguf: Path, n_ctx: int) -> Run:
+    """The same by llama.cpp."""
+    n = torch.get_num_threads()
+    module: Any = importlib.import_module("llama_cpp")
+    model = module.Llama(str(gguf), n_ctx=n_ctx, n_batch=n_ctx, n_threads=n, n_threads_batch=n, verbose=False)
+
+    def run(ids: torch.Tensor, n_gen: int) -> tuple[float, float]:
+        model.reset()
+        fed, times = ids[0].tolist(), [time.perf_counter()]
+        for _ in range(n_gen):
+            model.eval(fed)
+            fed = [model.sample(temp=0.0)]
+            times.append(time.perf_counter())
+        return times[1] - times[0], (times[-1] - times[1]) / (n_gen - 1)
+
+    return run
 
 
-def compare(folder: Path, dtype: str, workload: Workload, n_rounds: int) -> list[dict[str, Any]]:
+def read_rate(probe: torch.Tensor) -> float:
+    """Bytes per second of a loop that reads memory and does nothing else."""
+    kernel = native.kernel()
+    time.sleep(_REST_S)  # torch's threads spin for a while after they worked
+    start_s = time.perf_counter()
+    if kernel is None:
+        probe.sum()
+    else:
+        kernel.read(probe)
+    return probe.nbytes / (time.perf_counter() - start_s)
+
+
+def compare(name: str, folder: Path, workload: Workload, n_rounds: int, gguf: Path | None) -> list[dict[str, Any]]:
     """A row per implementation."""
-    draw = torch.Generator().manual_seed(0)
-    vocab = load_model(folder, dtype).vocab
-    ids = torch.randint(3, vocab, (1, workload.n_prompt), generator=draw)
-    models: dict[str, PreTrainedModel] = {f"transformers {name}": theirs(folder, dtype, name) for name in PEERS}
-    own = ours(folder, dtype, workload)
-    models["scheinfer cpu-only"] = own
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    tokens: dict[str, list[int]] = {}
+    spec = load_model(folder, DTYPE)
+    ids = torch.randint(3, spec.vocab, (1, workload.n_prompt), generator=torch.Generator().manual_seed(0))
+    other = theirs(folder, "eager")
+    runs: dict[str, Run] = {"transformers": runs_of(other)}
+    if spec.is_moe:
+        runs = {f"transformers {experts}": runs_of(other, by) for experts, by in PEERS.items()}
+    if gguf is not None:
+        runs["llama.cpp"] = runs_of_llama_cpp(gguf, workload.n_prompt + workload.n_gen)
+    own = ours(folder, DTYPE, workload)
+    runs[OWN] = runs_of(own)
+    probe = torch.ones(_PROBE_BYTES // 8, dtype=torch.int64)
+    found: dict[str, list[tuple[float, float]]] = {key: [] for key in runs}
+    rates: list[float] = []
     meter = LoadMeter.start()
     try:
-        for k in tqdm(range(n_rounds + 1), desc=dtype, unit="round", leave=False):
-            for name, model in models.items():
-                ttft_s, tpot_s, tokens[name] = generate(model, ids, workload.n_gen)
-                found[name] += [(ttft_s, tpot_s)] if k else []  # the first round warms up
+        for k in tqdm(range(n_rounds + 1), desc=name, unit="round", leave=False):
+            for key, run in runs.items():
+                rates.append(read_rate(probe))
+                if k:
+                    found[key].append(run(ids, workload.n_gen))
+                else:  # warms up
+                    run(ids[:, :16], 3)
+            rates.append(read_rate(probe))
     finally:
         own.close()
-    return [_row(folder, dtype, name, runs, tokens, meter.others()) for name, runs in found.items()]
+    limit_s = token_bytes(spec) / median(rates)
+    return [_row(name, key, times, limit_s, rates, meter.others()) for key, times in found.items()]
 
 
 def _row(
-    folder: Path,
-    dtype: str,
     name: str,
-    runs: Sequence[tuple[float, float]],
-    tokens: dict[str, list[int]],
+    key: str,
+    times: Sequence[tuple[float, float]],
+    limit_s: float,
+    rates: Sequence[float],
     others: float | None,
 ) -> dict[str, Any]:
-    ttft, tpot = ([run[i] for run in runs] for i in range(2))
-    reference = tokens[f"transformers {PEERS[0]}"]
-    same = next((i for i, (a, b) in enumerate(zip(tokens[name], reference, strict=True)) if a != b), len(reference))
+    ttft, tpot = ([run[i] for run in times] for i in range(2))
     return {
-        "model": folder.name,
-        "dtype": dtype,
-        "runs_by": name,
+        "model": name,
+        "dtype": DTYPE,
+        "runs_by": key,
         "ttft_s": median(ttft),
         "ttft_spread": _spread(ttft),
         "tpot_s": median(tpot),
         "tpot_spread": _spread(tpot),
         "decode_tok_s": 1 / median(tpot),
-        "tokens_as_eager": same,
-        "rounds": len(runs),
+        "read_share": limit_s / median(tpot),
+        "best_read_share": limit_s / min(tpot),
+        "read_bytes_per_s": median(rates),
+        "read_spread": _spread(rates),
+        "rounds": len(times),
         "others_load": others,
     }
 
@@ -139,38 +181,51 @@ def _spread(values: Sequence[float]) -> float:
     return (third - first) / 2 / median(values)
 
 
+def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Bars of one model: the share of what memory allows, and ours over the best of the others."""
+    own = next(row for row in rows if row["runs_by"] == OWN)
+    others = [row for row in rows if row is not own]
+    return {
+        "read_share": round(own["read_share"], 3),
+        "decode: best peer's TPOT over ours": round(min(row["tpot_s"] for row in others) / own["tpot_s"], 3),
+        "prompt: best peer's TTFT over ours": round(min(row["ttft_s"] for row in others) / own["ttft_s"], 3),
+    }
+
+
+def ggufs(given: Sequence[str]) -> Mapping[str, Path]:
+    """Files by model; none, with a message, where llama.cpp is not installed."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        print("llama.cpp is left out: llama-cpp-python is not installed", file=sys.stderr)
+        return {}
+    return {name: Path(file) for name, _, file in (text.partition("=") for text in given)}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the experiment; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a tiny shape, in seconds")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, in seconds")
     parser.add_argument("--out", type=Path, help="folder to write to (default results/peers, none if --smoke)")
+    parser.add_argument("--model", choices=SHAPES, action="append", help="which models (default all)")
+    parser.add_argument("--gguf", metavar="NAME=FILE", action="append", default=[], help="a model for llama.cpp")
     flags = parser.parse_args(argv)
     out = flags.out or (None if flags.smoke else RESULTS / "peers")
-    workload, n_rounds = (Workload(8, 4), 2) if flags.smoke else (Workload(64, 16), 5)
+    workload, n_rounds = (Workload(16, 4), 2) if flags.smoke else (Workload(512, 16), 4)
+    files = ggufs(flags.gguf)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "tiny" if flags.smoke else write_demo_models(cache_folder() / "demo")["tiny-mixtral"]
-        if flags.smoke:
-            write_tiny(folder)
-        rows = [row for dtype in DTYPES for row in compare(folder, dtype, workload, n_rounds)]
-    table = pd.DataFrame(rows)
-    print(table.to_string(index=False, float_format=lambda v: f"{v:.3g}"))
-    summary = {}
-    for dtype, own in table.groupby("dtype", sort=False):
-        times = own.set_index("runs_by")
-        others = times.drop(index="scheinfer cpu-only")
-        for key in ("ttft_s", "tpot_s"):
-            summary[f"{dtype} {key}: best peer over ours"] = round(
-                float(others[key].min() / times.loc["scheinfer cpu-only", key]), 3
-            )
-    kernel = native.kernel()
-    settings = {
-        "command": "python -m experiments.peers",
-        "n_prompt": workload.n_prompt,
-        "n_gen": workload.n_gen,
-        "threads": torch.get_num_threads(),
-        "kernel": kernel.isa if kernel is not None else "torch",
-    }
-    record(out, settings, rows, summary)
+        root = Path(scratch) if flags.smoke else cache_folder() / "experiments" / "peers"
+        for name in flags.model or SHAPES:
+            write(name, root / name, flags.smoke)
+            rows = compare(name, root / name, workload, n_rounds, files.get(name))
+            table = pd.DataFrame(rows)
+            print(table.to_string(index=False, float_format=lambda v: f"{v:.3g}"))
+            settings = {
+                "command": f"python -m experiments.peers --model {name}",
+                "n_prompt": workload.n_prompt,
+                "n_gen": workload.n_gen,
+                "threads": torch.get_num_threads(),
+                "kernel": native.describe(),
+            }
+            record(None if out is None else out / name, settings, rows, summary_of(rows))
 
 
 if __name__ == "__main__":
