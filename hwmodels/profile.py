@@ -11,7 +11,7 @@ from typing import Any, Literal
 from hwmodels.errors import FormatError, ProfileError
 from hwmodels.interpolate import LINEAR, Grid, Laws
 from hwmodels.schema import check_header, digest, from_json, read_json, to_json, write_json
-from hwmodels.work import Op, Work
+from hwmodels.work import DTYPE_BYTES, Op, Work
 
 SCHEMA = "scheinfer.hardware"
 VERSION = 1
@@ -36,6 +36,11 @@ AXES: dict[Op, tuple[str, str]] = {
     "stream_copy": ("n_tokens", "io_bytes"),
 }
 """Which two quantities of a Work each curve is a function of."""
+
+
+def _check_dtype(field_name: str, dtype: str) -> None:
+    if dtype not in DTYPE_BYTES:  # nothing would ever ask for it, so it would be ignored in silence
+        raise FormatError(f"{field_name} names {dtype!r}; expected {', '.join(DTYPE_BYTES)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +108,11 @@ class Curve:
     laws: Laws = LINEAR
 
     def __post_init__(self) -> None:
+        _check_dtype("dtype", self.dtype)
         if not self.samples:
             raise FormatError(f"curve {self.resource}/{self.op}/{self.dtype} has no samples")
+        if self.threads < 0:
+            raise FormatError(f"threads is {self.threads}, must not be negative")
         try:
             _ = self.grid
         except FormatError as error:
@@ -148,6 +156,8 @@ class Peak:
     sources: dict[str, Source] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in self.flops_per_s:
+            _check_dtype("flops_per_s", name)
         numbers = ("bytes_per_s", "efficiency", "fixed_s", *self.flops_per_s)
         for name in self.sources:
             if name not in numbers:
@@ -196,6 +206,9 @@ class Contention:
                 raise FormatError(f"rate of {name} is {rate}, must be above 0 and at most 1")
 
 
+_SOURCED = ("vram_bytes", "host_bytes", "cpu_threads", "handoff_s")
+
+
 @dataclass(frozen=True)
 class HardwareProfile:
     """A machine as the planner sees it.
@@ -236,6 +249,9 @@ class HardwareProfile:
                 raise FormatError(f"handoff_s names {pair!r}; write it as FROM>TO with {', '.join(RESOURCES)}")
             if seconds < 0:
                 raise FormatError(f"handoff_s.{pair} is {seconds}, must not be negative")
+        for name in self.sources:
+            if name not in _SOURCED:
+                raise FormatError(f"sources names {name!r}; numbers here are {', '.join(_SOURCED)}")
         for pair in self.handoff_repeats:
             if pair not in self.handoff_s:
                 raise FormatError(f"handoff_repeats names {pair!r}, which handoff_s lacks")

@@ -107,18 +107,28 @@ def _read_dataclass(kind: Any, value: Json, where: str) -> Any:
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
+_LEAST, _MOST = 1e-30, 1e30
+"""No number of this program is smaller or larger; arithmetic with a few of them stays finite."""
+
+
 def _read_scalar(kind: Any, value: Json, where: str) -> Any:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise FormatError(f"{where}: found {_short(value)}, expected a number of at most 63 bits")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind in _WORDS and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
         raise FormatError(f"{where}: expected {_WORDS[kind]}, found {_short(value)}")
     if kind is float and not math.isfinite(value):
         raise FormatError(f"{where}: expected a finite number, found {value}")
+    if kind is float and value != 0 and not _LEAST <= abs(value) <= _MOST:
+        raise FormatError(f"{where}: found {value}, expected 0 or a size between {_LEAST:g} and {_MOST:g}")
     return value
 
 
 def _short(value: Json) -> str:
-    text = repr(value)
+    text = (
+        f"a whole number of {value.bit_length()} bits" if isinstance(value, int) and abs(value) >> 128 else repr(value)
+    )
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -130,9 +140,19 @@ def read_json(path: str | os.PathLike[str], what: str) -> Json:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise FormatError(f"cannot read {what} {str(path)!r}: {reason}") from error
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON ({error}); expected a {what}") from error
+
+
+def _once(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    """An object whose fields each stand there once: of two, one would be ignored in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field {twice!r} stands there twice")
+    return found
 
 
 def check_header(value: Json, schema: str, version: int, where: str) -> dict[str, Json]:
@@ -142,10 +162,10 @@ def check_header(value: Json, schema: str, version: int, where: str) -> dict[str
     found = value.get("schema")
     if found != schema:
         raise FormatError(f"{where}: schema is {found!r}, expected {schema!r}; is this the right file?")
-    if value.get("version") != version:
+    given = value.get("version")
+    if isinstance(given, bool) or given != version:
         raise FormatError(
-            f"{where}: version {value.get('version')!r} of {schema}, "
-            f"this program reads version {version}; write it anew"
+            f"{where}: version {_short(given)} of {schema}, this program reads version {version}; write it anew"
         )
     return {k: v for k, v in value.items() if k not in ("schema", "version")}
 

@@ -41,12 +41,13 @@ GOOD: dict[str, Any] = {
     "tags": {"a": True},
 }
 
-leaves = st.builds(Leaf, st.sampled_from(["oak", "elm"]), st.floats(0, 1e9))
+sizes = st.just(0.0) | st.floats(1e-30, 1e30) | st.floats(-1e30, -1e-30)
+leaves = st.builds(Leaf, st.sampled_from(["oak", "elm"]), st.just(0.0) | st.floats(1e-30, 1e9))
 trees = st.builds(
     Tree,
-    st.integers(),
+    st.integers(-(2**63), 2**63 - 1),
     st.lists(leaves, max_size=3).map(tuple),
-    st.tuples(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False)),
+    st.tuples(sizes, sizes),
     st.none() | st.text(),
     st.dictionaries(st.text(), st.booleans(), max_size=3),
 )
