@@ -241,11 +241,34 @@ def remarks(parts: Mapping[str, Part]) -> tuple[str, ...]:
 
 def _drifts(curves: Iterable[Curve]) -> Iterator[str]:
     """A sentence for every yardstick whose measurements, before and after all others, differ."""
+    for name, found in _yardsticks(curves).items():
+        if max(found) > (1 + DRIFT_SHARE) * min(found):
+            speeds = _gigabytes(found)
+            yield f"The yardstick {name} ran at {speeds} GB/s, before and after: the machine's speed changed."
+
+
+def moved(calibrated: Iterable[Curve], now: Iterable[Curve]) -> list[str]:
+    """A sentence for every yardstick that ran at another speed when a profile was measured than it does now."""
+    then, found = _yardsticks(calibrated), []
+    for name, speeds in _yardsticks(now).items():
+        known = then.get(name, [])
+        if known and max(max(speeds) / max(known), max(known) / min(speeds)) > 1 + DRIFT_SHARE:
+            found.append(
+                f"The yardstick {name} ran at {max(known) / 1e9:.1f} GB/s when the machine was calibrated and at "
+                f"{_gigabytes(speeds)} GB/s beside these runs: what was predicted is another speed of the machine. "
+                f"Calibrate again (--fresh) if that stays."
+            )
+    return found
+
+
+def _yardsticks(curves: Iterable[Curve]) -> dict[str, list[float]]:
+    """Bytes/s of every yardstick, in the order measured."""
     speeds: dict[str, list[float]] = defaultdict(list)
     for curve in curves:
         if curve.op in _YARDSTICKS:
             speeds[f"{curve.op} on the {curve.resource}"] += [s.io_bytes / s.median_s for s in curve.samples]
-    for name, found in speeds.items():
-        if max(found) > (1 + DRIFT_SHARE) * min(found):
-            gigabytes = " and ".join(f"{speed / 1e9:.1f}" for speed in found)
-            yield f"The yardstick {name} ran at {gigabytes} GB/s, before and after: the machine's speed changed."
+    return speeds
+
+
+def _gigabytes(speeds: Iterable[float]) -> str:
+    return " and ".join(f"{speed / 1e9:.1f}" for speed in speeds)

@@ -278,6 +278,13 @@ _PARTS: dict[str, tuple[float, _Measure]] = {
 """Name, weight in time, and how to measure it, in this order."""
 
 
+def yardstick(folder: Path, device: str = "auto", cpu_threads: int | None = None) -> tuple[Curve, ...]:
+    """The yardstick alone, in about two seconds: has the machine still the speed of its profile?"""
+    spec, device = Adapter.of(config := dict(read_config(folder)), folder.name).spec, device_name(device)
+    job = _Job(spec, config, device, device_bytes(device), cpu_threads, _within(QUICK, spec))
+    return _yardstick(job, Effort(3, 20, 1.0), lambda share: None).curves
+
+
 # -- what the machine is ------------------------------------------------------------------------------
 
 

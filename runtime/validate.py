@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
+from hwmodels.calibrate import moved
 from hwmodels.errors import PlanError
 from hwmodels.load import BUSY_SHARE
 from hwmodels.machine import fingerprint
@@ -27,6 +28,7 @@ from hwmodels.provenance import versions
 from hwmodels.units import format_bytes
 from runtime.budget import fixed_bytes, half_budget
 from runtime.cache import cached_profile
+from runtime.calibrate import yardstick
 from runtime.choice import choice, predicted_s
 from runtime.measure import Measured, measure, median_run
 from runtime.session import load_planned
@@ -48,6 +50,7 @@ DEFAULT_POLICIES = ("cpu-only", "stream", "llama-cpp", "fiddler", "scheinfer", "
 CPU_LAYERS = ("cpu-only", "llama-cpp", "auto")
 """Policies that can leave whole layers to the CPU, and so fit into any device memory."""
 
+_HOW = "Plans ran with fixed prompts and greedy decoding; the routing that occurred was replayed in simulation."
 PROMPT = "The weights of a layer are read once for every token, so memory decides how fast a token comes. "
 
 
@@ -96,19 +99,18 @@ def validate(folders: Sequence[Path], out: Path, job: Job, command: str, text: I
     specs = [load_model(folder) for folder in folders]
     for spec in specs:
         _check_budget(spec, job)
-    results, rows, files = [], [], []
+    results, rows, files, notes = [], [], [], [_HOW]
     profile: HardwareProfile | None = None
     for folder, spec in zip(folders, specs, strict=True):
         profile = cached_profile(folder, job.device, job.quick, job.cpu_threads, job.progress, job.fresh)
+        before = yardstick(folder, job.device, job.cpu_threads)
         result, own_files = _validate_model(folder, spec, profile, job, out, text)
+        after = yardstick(folder, job.device, job.cpu_threads)
+        notes += [f"{spec.name}: {note}" for note in moved(profile.curves, (*before, *after))]
         results.append(result)
         rows += [dict(row) for row in result.rows]
         files += own_files
     assert profile is not None, "at least one model"
-    notes = [
-        "Plans ran with fixed prompts and greedy decoding; the routing that occurred was replayed in simulation.",
-        *_load_notes(rows),
-    ]
     report = Report(
         results=results,
         profile=profile,
@@ -116,7 +118,7 @@ def validate(folders: Sequence[Path], out: Path, job: Job, command: str, text: I
         command=command,
         fingerprint=fingerprint(),
         versions=versions(),
-        notes=notes,
+        notes=[*notes, *_load_notes(rows)],
         files=files,
         title="ScheInfer: simulated and measured",
     )

@@ -20,6 +20,7 @@ from hwmodels.calibrate import (
     handoffs,
     is_known,
     merged,
+    moved,
     remarks,
     residuals,
     summarise,
@@ -355,6 +356,14 @@ def test_a_quiet_machine_is_not_marked(cache, monkeypatch, capsys):
 def test_only_the_parts_that_others_disturbed_are_named():
     (found,) = remarks({"mlp": Part(others_load=0.5), "copies": Part(others_load=0.05), "rest": Part(others_load=None)})
     assert found.startswith("Other programs kept up to 50% of all cores busy while mlp was measured")
+
+
+def test_a_machine_that_changed_its_speed_since_its_calibration_is_told():
+    calibrated, same, slower = (yardstick(speed).curves for speed in (30.0, 28.0, 20.0))
+    assert moved(calibrated, (*same, *same)) == []
+    (told,) = moved(calibrated, (*same, *slower))
+    assert "ran at 30.0 GB/s when the machine was calibrated and at 28.0 and 20.0 GB/s beside these runs" in told
+    assert moved((), slower) == []  # nothing is known of then
 
 
 def test_a_yardstick_that_moved_is_a_remark():
