@@ -28,7 +28,7 @@ def resident_layers(plan: Plan, spec: ModelSpec) -> frozenset[int]:
 
 
 def llama_cpp(plan: Plan, spec: ModelSpec) -> str:
-    """Flags of llama.cpp's programs: layers on the device, MLPs that stay in host memory, context.
+    """Flags of llama.cpp's programs: layers on the device, MLPs that stay in host memory, context, micro-batch.
 
     Raises PlanError if layers on the CPU are not the first ones: llama.cpp has no flag for that.
     """
@@ -44,6 +44,9 @@ def llama_cpp(plan: Plan, spec: ModelSpec) -> str:
     prompt = plan.tiers[-1]
     if host and prompt.stream_min_tokens is None and not any(prompt.ahead):
         flags.append("--no-op-offload")
+    if plan.chunk_tokens is not None:
+        size = str(plan.step_tokens * plan.batch)
+        flags += ["-b", size, "-ub", size]
     return shlex.join(flags)
 
 

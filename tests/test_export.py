@@ -47,6 +47,12 @@ def test_llama_cpp_keeps_the_other_mlps_in_host_memory() -> None:
     assert words[6:] == ["--no-op-offload"]
 
 
+def test_llama_cpp_gets_a_plans_chunk_as_its_micro_batch() -> None:
+    plan = replace(plan_of(DENSE, 0, 0, 0, 0), chunk_tokens=8)
+    size = str(8 * plan.batch)
+    assert llama_cpp(plan, DENSE).endswith(f"-b {size} -ub {size}")
+
+
 def test_llama_cpp_splits_layers_at_one_place_only() -> None:
     plan = plan_of(DENSE, 0, 0, 0, 0)
     first = replace(plan, layers=(LayerPartition("CPU", (0,)), *plan.layers[1:]))
