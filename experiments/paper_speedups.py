@@ -16,9 +16,9 @@ layers uploaded for prompts of 32 tokens and more; `fiddler`, for models with ex
 One should see (medians; smallest and largest of all cases are printed)
 - over `llama-cpp-2024` decode 1.3, prompt 2.1, overall 1.35 times: inside the paper's three ranges. A layer split
   leaves attention of its CPU layers to the CPU and lets one side wait for the other; pageable copies do the rest;
-- over today's llama.cpp 1.16, 1.3 and 1.16 times: decode still inside, prompt and overall below the paper's ranges;
+- over today's llama.cpp 1.15, 1.27 and 1.15 times: decode still inside, prompt and overall below the paper's ranges;
 - over Fiddler 1.13, 1.45 and 1.17 times: its decode is near ours, as both compute a host expert where it lies;
-- wide spreads for prompts of dense models, from 0.2 to 12: every policy chooses for the whole generation, and
+- wide spreads for prompts of dense models, from 0.2 to 5: every policy chooses for the whole generation, and
   trades its prompt for its decode differently;
 - less than 1 where a vocabulary is large and memory small: the paper's partition, as we read it, keeps embedding
   and head on the device, llama.cpp does not. No plan for LLaMA-2 70B on 24 GiB, since its attention alone fills it.
