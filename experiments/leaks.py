@@ -44,7 +44,7 @@ N_STRETCHES, STUDENT_T = 10, 2.262  # 95 % of Student's t at nine degrees of fre
 FLAT = ("threads", "files", "device_bytes")
 WANDERING = ("rss_bytes", "c_heap_bytes", "python_blocks")
 _N_GEN, _N_CTX, _DEVICE_BYTES = 5, 64, 1 << 30
-_SMALL: Mapping[str, Any] = {
+SMALL: Mapping[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -55,7 +55,10 @@ _SMALL: Mapping[str, Any] = {
     "pad_token_id": 0,
     "eos_token_id": None,
 }
-_LARGE: Mapping[str, Any] = {**_SMALL, "hidden_size": 512, "intermediate_size": 2048}  # 38 MB: one leaked is seen
+LARGE: Mapping[str, Any] = {**SMALL, "hidden_size": 512, "intermediate_size": 2048}  # 38 MB: one leaked is seen
+
+
+MakePlan = Callable[[ModelSpec], Plan]
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def with_expert_cache(spec: ModelSpec) -> Plan:
     return replace(bare, policy="expert-cache", tiers=(tier,), cache=cache)
 
 
-CASES: tuple[tuple[str, Callable[[ModelSpec], Plan]], ...] = (
+CASES: tuple[tuple[str, MakePlan], ...] = (
     ("llama", three_ways),
     ("mixtral", three_ways),
     ("mixtral", with_expert_cache),
@@ -158,7 +161,7 @@ def generate(model: PlannedModel, number: int) -> None:
     assert out.shape[1] == ids.shape[1] + _N_GEN
 
 
-def generations(folder: Path, make: Callable[[ModelSpec], Plan], device: str, n: int, every: int) -> list[Held]:
+def generations(folder: Path, make: MakePlan, device: str, n: int, every: int) -> list[Held]:
     """What is held every few of n generations in a row, after a warm-up of a quarter as many."""
     model, _ = scheinfer.load(folder, make(load_model(folder)), device=device)
     try:
@@ -175,23 +178,27 @@ def generations(folder: Path, make: Callable[[ModelSpec], Plan], device: str, n:
         model.close()
 
 
-def loads(folder: Path, device: str, n: int) -> list[Held]:
-    """What is held after each of n loads, runs and closes, after a warm-up of half as many."""
-    plan = three_ways(load_model(folder))
+def loads(folder: Path, device: str, n: int) -> tuple[list[Held], int]:
+    """What is held after each of n loads, runs and closes, after a warm-up of half as many.
 
-    def once(number: int) -> None:
+    And the least resident memory that any close gave back.
+    """
+    plan, log, given_back = three_ways(load_model(folder)), Log(n + 1), np.zeros(n, dtype=np.int64)
+
+    def once(number: int) -> int:
         model, _ = scheinfer.load(folder, plan, device=device)
         generate(model, number)
+        loaded = held(model)
         model.close()
+        return loaded.rss_bytes - held(None).rss_bytes
 
-    log = Log(n + 1)
     for number in range(n // 2):
         once(number)
     log.add(held(None))
     for number in tqdm(range(n), desc=f"load {folder.name}", leave=False):
-        once(number)
+        given_back[number] = once(number)
         log.add(held(None))
-    return log.all()
+    return log.all(), int(given_back.min())
 
 
 # -- what it says -------------------------------------------------------------------------------------
@@ -243,11 +250,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for family, make in CASES:
             folder = Path(scratch) / "small" / family
             if not folder.is_dir():
-                write_checkpoint(folder.parent, family, _SMALL)
+                write_checkpoint(folder.parent, family, SMALL)
             found = generations(folder, make, flags.device, n_generations, every)
             series[f"{family} {make(load_model(folder)).policy}"] = (every, found)
-        folder = write_checkpoint(Path(scratch) / "large", "llama", _SMALL if flags.smoke else _LARGE)
-        series["load and close"] = (1, loads(folder, flags.device, n_loads))
+        folder = write_checkpoint(Path(scratch) / "large", "llama", SMALL if flags.smoke else LARGE)
+        found, given_back = loads(folder, flags.device, n_loads)
+        series["load and close"], weight_bytes = (1, found), load_model(folder).weight_bytes
     rows = [
         {"case": case, "step": i * step, **asdict(h)}
         for case, (step, found) in series.items()
@@ -263,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "python_threads_left": sum(t.name.startswith("scheinfer") for t in threading.enumerate()),
         "most_rss_bytes_per_generation": max(row["rss_bytes_per_step"] for row in cases[:-1]),
         "rss_bytes_per_load": cases[-1]["rss_bytes_per_step"],
+        "least_given_back_by_close_over_weights": given_back / weight_bytes,
         "changed": [f"{row['case']}: {name}" for row in cases for name in FLAT if row[f"{name}_span"]],
     }
     record(out, {"device": flags.device, "cases": cases}, rows, summary)

@@ -10,7 +10,6 @@ Calibration measures other cases: a prompt of a length that it measured is refus
 
 from __future__ import annotations
 
-import ctypes
 import random
 import statistics
 from collections import Counter
@@ -28,6 +27,7 @@ from hwmodels.profile import HardwareProfile
 from runtime.budget import fixed_bytes
 from runtime.checkpoint import read_config
 from runtime.measure import Measured, measure, median_run
+from runtime.memory import trim_heap
 from runtime.session import PlannedModel, load_planned
 from sim.candidates import Candidate, candidates, chosen
 from sim.evidence import ROUTING, RUNS, SPANS, Case, Evidence
@@ -176,10 +176,10 @@ def prompt(spec: ModelSpec, n_tokens: int, seed: int) -> list[int]:
 
 def _anonymous_bytes() -> int | None:
     """Memory of this process that is no file's; None where the system does not tell."""
+    trim_heap()  # else what earlier models left behind is used again and nothing grows
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # else what earlier models left behind is used again and nothing grows
         lines = _STATUS.read_text(encoding="ascii").splitlines()
-    except (OSError, AttributeError):
+    except OSError:
         return None
     found = [line.split()[1] for line in lines if line.startswith("RssAnon:")]
     return int(found[0]) * 1024 if found else None

@@ -26,7 +26,7 @@ from runtime.devices import Device, open_device
 from runtime.devices.base import failure
 from runtime.executor import Executor
 from runtime.ffn import PartitionedExperts, PartitionedMlp, attach
-from runtime.memory import WeightStore, allocate, fill_cache
+from runtime.memory import WeightStore, allocate, fill_cache, trim_heap
 from runtime.projection import use_projections
 from runtime.skeleton import build_skeleton, load_rest
 from sim.memory import Memory, check_memory, memory
@@ -113,6 +113,7 @@ class PlannedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             for parameter in self.parameters():
                 parameter.data = torch.empty(0)
             self.executor.close()
+        trim_heap()
 
 
 def run_info(executor: Executor) -> dict[str, object]:
