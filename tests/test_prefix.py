@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,17 @@ def test_a_template_that_rewrites_history_falls_back_to_what_is_common(mixtral: 
         assert shared(ids_of(20), rewritten) == 12
         assert talk.generate(rewritten, **HOW) == anew(model, rewritten)
         assert talk.n_kept == 12
+
+
+def test_a_prompt_in_chunks_goes_on_from_what_is_kept(mixtral: Path) -> None:
+    # 9 tokens in chunks of 4 are three steps; the next turn's 5 new ones are two
+    with loaded(mixtral, replace(wide(mixtral), chunk_tokens=4)) as model:
+        talk, first = PrefixCache(model), ids_of(9)
+        second = [*first, *talk.generate(first, **HOW), *ids_of(4, seed=1)]
+        found = talk.generate(second, **HOW)
+        steps = model.last_timeline.steps if model.last_timeline is not None else ()
+        assert [step for step in steps if step.startswith("prefill")] == ["prefill", "prefill1"]
+        assert found == anew(model, second)
 
 
 def test_what_is_forgotten_is_computed_again(mixtral: Path) -> None:
