@@ -32,6 +32,7 @@ class Machine:
     """A machine's CPU side.
 
     n_threads      logical CPUs that this process may use (affinity and container quota respected)
+    n_online       logical CPUs that the machine has
     memlock_bytes  memory that may be page-locked; None without a limit
     load           load average of the last minute, in busy CPUs
     """
@@ -40,6 +41,7 @@ class Machine:
     isa: tuple[str, ...]
     n_cores: int
     n_threads: int
+    n_online: int
     n_numa_nodes: int
     ram_bytes: int
     free_bytes: int
@@ -78,6 +80,7 @@ def read_machine() -> Machine:
         isa=tuple(name for name, flag in _ISA.items() if flag in flags),
         n_cores=min(_physical_cores(cpuinfo) or n_threads, n_threads),
         n_threads=n_threads,
+        n_online=max(n_threads, os.cpu_count() or 1),
         n_numa_nodes=max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))),
         ram_bytes=ram_bytes,
         free_bytes=min(_kib(meminfo, "MemAvailable") or ram_bytes, ram_bytes),
@@ -142,11 +145,18 @@ def _memory_findings(m: Machine) -> list[Finding]:
 
 def _cpu_findings(m: Machine) -> list[Finding]:
     found = []
-    if m.load > 0.3 * m.n_threads:
-        limit = f"Other programs keep {m.load:.1f} of {m.n_threads} CPUs busy: measurements here come out slow and vary"
+    if m.load > 0.3 * m.n_online:
+        limit = (
+            f"Programs wanted {m.load:.1f} of {m.n_online} CPUs over the last minute: "
+            "beside them measurements here come out slow and vary"
+        )
         found.append(
             Finding("load", limit, "Stop them before calibrating, and calibrate anew if they ran while you did")
         )
+    if m.n_threads < m.n_online:
+        limit = f"This process may use {m.n_threads} of {m.n_online} CPUs, by its affinity or its container's quota"
+        fix = "Give it more (`taskset -c`, `docker run --cpus`), and calibrate anew whenever that changes"
+        found.append(Finding("affinity", limit, fix))
     if m.n_cores < 4:
         limit = f"{_count(m.n_cores, 'core')} must compute, drive the device and copy at once"
         found.append(Finding("cores", limit, "Expect little from CPU columns; use 4 cores or more for real models"))
