@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from hwmodels.errors import CheckpointError, ModelError
+from runtime import attention
 from runtime.adapter import EMBEDDING, HEAD, Adapter, FfnKind
 from runtime.checkpoint import Checkpoint, read_config
 
@@ -62,11 +63,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def _build(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    attention.register()
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, attn_implementation="sdpa"
+                config, dtype=dtype, attn_implementation=attention.NAME
             )
     except Exception as error:  # transformers raises a dozen kinds, all of them about this config
         raise ModelError(f"{folder}: transformers cannot build this config.json: {error}") from error
