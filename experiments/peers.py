@@ -1,6 +1,6 @@
 """How fast is this runtime on the CPU alone, beside others on the same weights and beside what memory allows?
 
-    python -m experiments.peers            5 minutes on 2 cores; writes experiments/results/peers/, a folder per model
+    python -m experiments.peers            5 minutes on 2 cores; writes experiments/results/peers-<model>/
     python -m experiments.peers --smoke    30 s on tiny shapes; writes nowhere unless --out is given
 
 Three checkpoints of 1 to 2 B random bfloat16 parameters (experiments.peer_models), run by policy `cpu-only`, by
@@ -204,7 +204,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the experiment; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, in seconds")
-    parser.add_argument("--out", type=Path, help="folder to write to (default results/peers, none if --smoke)")
+    parser.add_argument(
+        "--out", type=Path, help="folder to write to, -MODEL is added (default results/peers, none if --smoke)"
+    )
     parser.add_argument("--model", choices=SHAPES, action="append", help="which models (default all)")
     parser.add_argument("--gguf", metavar="NAME=FILE", action="append", default=[], help="a model for llama.cpp")
     flags = parser.parse_args(argv)
@@ -225,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "threads": torch.get_num_threads(),
                 "kernel": native.describe(),
             }
-            record(None if out is None else out / name, settings, rows, summary_of(rows))
+            record(None if out is None else out.with_name(f"{out.name}-{name}"), settings, rows, summary_of(rows))
 
 
 if __name__ == "__main__":
