@@ -7,6 +7,8 @@ mixtral             layer.mlp        block_sparse_moe.experts.E.{w1,w3,w2}      
 phimoe              layer.mlp        as mixtral                                  module `router` is stored as `gate`
 qwen2_moe qwen3_moe layer.mlp        mlp.experts.E.{gate,up,down}_proj           some layers dense; qwen2_moe shares one
 olmoe               layer.mlp        as qwen3_moe                                every layer has experts
+deepseek_v2         layer.mlp        as qwen3_moe                                first layers dense, shared experts
+deepseek_v3         layer.mlp        as qwen3_moe                                and corrections of the router's scores
 
 Any of the MoE families may also be stored as transformers 5 keeps them in memory: all experts of a layer
 in `mlp.experts.gate_up_proj` [E, 2F, D] (gate rows first) and `mlp.experts.down_proj` [E, D, F].
@@ -31,7 +33,8 @@ FfnKind = Literal["dense", "experts"]
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 _MIXTRAL_LIKE = ("mixtral", "phimoe")
-RUNNABLE = ("llama", "mistral", "qwen2", "qwen3", *_MIXTRAL_LIKE, "qwen2_moe", "qwen3_moe", "olmoe")
+_DENSE = ("llama", "mistral", "qwen2", "qwen3")
+RUNNABLE = (*_DENSE, *_MIXTRAL_LIKE, "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 
 
 class FfnKeys(NamedTuple):

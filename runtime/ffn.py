@@ -100,9 +100,10 @@ def _enter_layer(executor: Executor, layer: int) -> Callable[[nn.Module, Args, K
 
 
 def kwargs_elsewhere(kwargs: dict[str, Any], device: torch.device) -> bool:
-    """Whether the rotary tables that a layer is given lie on another device than its input."""
+    """Whether the rotary tables that a layer is given, cosine and sine or one complex, lie elsewhere than its input."""
     tables = kwargs.get("position_embeddings")
-    return isinstance(tables, tuple) and bool(tables) and tables[0].device != device
+    first = tables[0] if isinstance(tables, tuple) and tables else tables
+    return isinstance(first, Tensor) and first.device != device
 
 
 def moved(value: Any, device: torch.device) -> Any:

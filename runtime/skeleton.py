@@ -28,7 +28,7 @@ Place = Callable[[str], torch.device]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_rest` read: bytes of parameters, and keys of the checkpoint that nothing uses."""
+    """What `load_rest` read: bytes of parameters and stored buffers, and keys of the checkpoint that nothing uses."""
 
     n_bytes: int
     unused_keys: tuple[str, ...]
@@ -76,9 +76,14 @@ def _build(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
-    """Rebuild the modules whose buffers were swallowed by the meta device (rotary tables) with real ones."""
+    """Rebuild the modules whose buffers were swallowed by the meta device (rotary tables) with real ones.
+
+    Buffers that a checkpoint holds stay on meta: they are loaded like parameters.
+    """
+    stored = set(model.state_dict())
     for name, module in list(model.named_modules()):
-        if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+        own = module.named_buffers(prefix=name, recurse=False)
+        if not any(buffer.is_meta and full not in stored for full, buffer in own):
             continue
         if list(module.children()) or list(module.parameters()):
             raise ModelError(f"{type(module).__name__} ({name}) has buffers that cannot be computed here")
@@ -98,16 +103,18 @@ def load_rest(
 ) -> LoadReport:
     """Load every parameter that is left on meta, in dtype, onto the device that `place` names.
 
-    progress is called with the bytes of each tensor once loaded. Buffers move and keep their dtype.
+    progress is called with the bytes of each tensor once loaded. Buffers that the checkpoint holds (corrections of
+    a router's scores) are loaded in float32, as transformers keeps them; computed ones move and keep their dtype.
     Raises CheckpointError if a parameter has no tensor or a tensor of another shape; the model is then
     partly loaded and of no use.
     """
     _check_tied(checkpoint, adapter)
     used: set[str] = set()
     n_bytes = 0
-    for name, parameter in _on_meta(model):
+    for name, tensor in _on_meta(model):
         key = adapter.checkpoint_key(name, checkpoint)
-        loaded = _load(checkpoint, key, parameter, place(name), dtype)
+        own_dtype = dtype if isinstance(tensor, nn.Parameter) else torch.float32
+        loaded = _load(checkpoint, key, tensor, place(name), own_dtype)
         _assign(model, name, loaded)
         checkpoint.release()  # else the file's pages stay beside the copies: twice the model in memory
         used.add(key)
@@ -125,20 +132,22 @@ def load_rest(
     return LoadReport(n_bytes, unused)
 
 
-def _on_meta(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    yield from [(name, parameter) for name, parameter in model.named_parameters() if parameter.is_meta]
+def _on_meta(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    everything = (*model.named_parameters(), *model.named_buffers())
+    yield from [(name, tensor) for name, tensor in everything if tensor.is_meta]
 
 
 def _load(
-    checkpoint: Checkpoint, key: str, parameter: nn.Parameter, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint, key: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
     # A copy, even where dtype and device agree: the model must not hang on the file.
-    return checkpoint.tensor_of(key, tuple(parameter.shape)).to(device=device, dtype=dtype, copy=True)
+    return checkpoint.tensor_of(key, tuple(tensor.shape)).to(device=device, dtype=dtype, copy=True)
 
 
 def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
     owner, attribute = _owner(model, name)
-    setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
+    is_parameter = isinstance(getattr(owner, attribute), nn.Parameter)
+    setattr(owner, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

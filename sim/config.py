@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from hwmodels.errors import ModelError
@@ -21,6 +21,7 @@ class Family:
     experts     the config's key of an expert's columns; none where all layers are dense
     shared      the config's key of the shared experts' columns, or of their number
     dense       the config's key of a dense layer's columns
+    corrected   whether the router corrects each expert's score by a number, float32 beside weights of any type
     """
 
     biases: Literal["", "qkv", "qkvo"] = ""
@@ -34,12 +35,14 @@ class Family:
     shared: str = ""
     shared_gate: bool = False
     dense: str = "intermediate_size"
+    corrected: bool = False
 
 
 _MOE, _PLAIN = "moe_intermediate_size", "intermediate_size"
 _QWEN_SHARED = "shared_expert_intermediate_size"
 _QWEN35 = Family("qkvo", qk_norm="head", gate="element", experts=_MOE, shared=_QWEN_SHARED, shared_gate=True)
 _DEEPSEEK = Family("qkvo", experts=_MOE, shared="n_shared_experts")
+_DEEPSEEK_V3 = replace(_DEEPSEEK, corrected=True)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("qkvo"),
@@ -51,8 +54,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family("qkvo", qk_norm="head", experts=_MOE),
     "phimoe": Family("qkvo", norms=4, experts=_PLAIN),  # two LayerNorms, each with a bias
     "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
-    "deepseek_v32": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK_V3,
+    "deepseek_v32": _DEEPSEEK_V3,
     "deepseek_v4": Family(sinks="all", experts=_MOE, shared="n_shared_experts"),
     "gemma2": Family("qkvo", norms=4),
     "gemma3_text": Family("qkvo", qk_norm="head", norms=4),
@@ -61,7 +64,7 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe_lite": _DEEPSEEK,
     "glm_moe_dsa": _DEEPSEEK,
     "gpt_oss": Family("qkvo", bias_default=True, sinks="all", experts=_PLAIN),
-    "kimi_k2": _DEEPSEEK,
+    "kimi_k2": _DEEPSEEK_V3,
     "kimi_linear": Family(experts=_MOE, shared="num_shared_experts"),
     "llama4_text": Family("qkvo", experts=_PLAIN, shared=_PLAIN, dense="intermediate_size_mlp"),
     "mimo_v2_flash": Family("qkv", sinks="sliding", experts=_MOE),
@@ -86,6 +89,8 @@ _DEFAULTS: dict[str, dict[str, int | bool]] = {
     "qwen2_moe": {"num_key_value_heads": 16, "sliding_window": 4096},
     "qwen3_moe": {"num_key_value_heads": 4, "sliding_window": 4096},
     "phimoe": {"num_key_value_heads": 8},
+    "deepseek_v2": {"q_lora_rank": 1536, "first_k_dense_replace": 0, "n_shared_experts": 2},
+    "deepseek_v3": {"q_lora_rank": 1536, "first_k_dense_replace": 3, "n_shared_experts": 1},
     "gemma2": {"tie_word_embeddings": True},
     "gemma3_text": {"tie_word_embeddings": True},
     "gemma4_text": {"tie_word_embeddings": True},

@@ -195,7 +195,7 @@ def _layer(config: Config, attention: AttentionSpec, routed: bool, n_norms: int 
         streams = config.may("hc_mult", 4)
         mixes = (2 + streams) * streams
         other += 2 * (mixes * (streams * d_model + 1) + 3)
-    return LayerSpec(attention, ffn, other)
+    return LayerSpec(attention, ffn, other, ffn.n_experts if ffn.is_moe and config.kind.corrected else 0)
 
 
 def _beside_experts(config: Config, ffn: FfnSpec, d_model: int) -> int:

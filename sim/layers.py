@@ -112,8 +112,14 @@ class FfnSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer. other_params counts norms, router, shared experts, and biases of experts."""
+    """One decoder layer.
+
+    other_params    norms, router, shared experts, and biases of experts
+    float32_params  numbers that stay float32 whatever the weights' type, not counted as parameters: corrections of
+                    a router's scores
+    """
 
     attention: AttentionSpec
     ffn: FfnSpec
     other_params: int
+    float32_params: int = 0

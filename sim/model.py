@@ -5,6 +5,7 @@ No weights, no torch: only what decides bytes and FLOPs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from hwmodels.work import DTYPE_BYTES, Work
 from sim.config import Config
 from sim.families import head_params, layers_of
 from sim.layers import LayerSpec
+from sim.mixers import FLOAT32_BYTES
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,12 @@ class ModelSpec:
     @cached_property
     def id(self) -> str:
         """Twelve hex digits of the sizes (not of the name)."""
-        return digest([self.family, self.d_model, self.vocab, self.layers, self.dtype, self.tied_embeddings])
+        layers = [
+            # Without such numbers an id is that of releases which did not know them: their plans and profiles hold.
+            {key: value for key, value in dataclasses.asdict(layer).items() if key != "float32_params" or value}
+            for layer in self.layers
+        ]
+        return digest([self.family, self.d_model, self.vocab, layers, self.dtype, self.tied_embeddings])
 
     @property
     def dtype_bytes(self) -> int:
@@ -65,9 +72,10 @@ class ModelSpec:
         return ffn.n_experts * ffn.columns * self.column_bytes(layer)
 
     def rest_bytes(self, layer: int) -> int:
-        """Weight bytes of a layer that are not its experts: attention, norms, router, shared experts."""
+        """Bytes of a layer that are not its experts: attention, norms, router, shared experts, corrections."""
         spec = self.layers[layer]
-        return (spec.attention.n_params + spec.other_params) * self.dtype_bytes
+        weights = (spec.attention.n_params + spec.other_params) * self.dtype_bytes
+        return weights + spec.float32_params * FLOAT32_BYTES
 
     def kv_bytes(self, layer: int, n_tokens: int) -> int:
         """Bytes that a sequence of `n_tokens` tokens keeps in a layer: KV cache, index, recurrent state."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hwmodels.errors import CheckpointError, ModelError
 from runtime.adapter import EMBEDDING, HEAD, Adapter, FfnKind
 from runtime.checkpoint import SINGLE_NAME, Checkpoint, read_config
+from runtime.ffn import kwargs_elsewhere
 from runtime.skeleton import LoadReport, build_skeleton, decoder_layers, load_rest
 from sim.memory import ends_bytes
 from tests.conftest import TinyCheckpoint
@@ -262,6 +263,21 @@ def test_every_parameter_and_buffer_is_placed_by_its_name_and_progress_adds_up(
     assert sum(loaded) == report.n_bytes
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in model.buffers()} == {torch.float32}
+
+
+def test_corrections_of_router_scores_stay_float32_as_stored(tiny_checkpoint: TinyCheckpoint) -> None:
+    folder = tiny_checkpoint("deepseek_v3")
+    model, key = load_plain(folder, torch.bfloat16)[0], "model.layers.1.mlp.gate.e_score_correction_bias"
+    stored = load_file(folder / SINGLE_NAME)[key]
+    assert torch.equal(model.get_buffer(key), stored.float())
+    assert stored.abs().min() > 0
+
+
+def test_rotary_tables_elsewhere_are_noticed_in_either_form() -> None:
+    table = torch.ones(2)
+    for tables in ((table, table), table):  # cosine and sine, or one complex table
+        assert not kwargs_elsewhere({"position_embeddings": tables}, CPU)
+        assert kwargs_elsewhere({"position_embeddings": tables}, torch.device("meta"))
 
 
 def test_a_loaded_model_does_not_hang_on_the_file(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from hwmodels.errors import ModelError
 from sim.model import ModelSpec, from_config, load_model
-from tests.tiny import FAMILIES, tiny_config
+from tests.tiny import FAMILIES, tiny_config, tiny_model
 
 ODD_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"num_key_value_heads": None, "attention_bias": True, "tie_word_embeddings": True}),
@@ -30,6 +30,9 @@ ODD_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {"attention_bias": True, "mlp_only_layers": [0, 2], "use_sliding_window": True}),
     ("phimoe", {"attention_bias": False, "lm_head_bias": False, "tie_word_embeddings": True}),
     ("phimoe", {"sliding_window": 12}),
+    ("deepseek_v2", {"q_lora_rank": 22, "attention_bias": True, "first_k_dense_replace": 0}),
+    ("deepseek_v3", {"q_lora_rank": None, "attention_bias": True, "first_k_dense_replace": 3}),
+    ("deepseek_v3", {"tie_word_embeddings": True, "n_shared_experts": 1, "first_k_dense_replace": 2}),
 ]
 CASES: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in FAMILIES] + ODD_CONFIGS
 IDS = [f"{family} {' '.join(changes)}".strip() for family, changes in CASES]
@@ -53,7 +56,8 @@ def assert_same_sizes(spec: ModelSpec, model: PreTrainedModel) -> None:
         ffn = mlp.get_submodule("experts") if hasattr(mlp, "experts") else mlp
         ffn_bytes = sum(p.nbytes for p in ffn.parameters())
         assert spec.ffn_bytes(i) == ffn_bytes
-        assert spec.rest_bytes(i) == sum(p.nbytes for p in layer.parameters()) - ffn_bytes
+        corrections = sum(4 * buffer.numel() for buffer in layer.buffers())
+        assert spec.rest_bytes(i) == sum(p.nbytes for p in layer.parameters()) - ffn_bytes + corrections
         assert spec.layers[i].ffn.is_moe == hasattr(mlp, "experts")
     embedding, head, norm = (model.get_submodule(name) for name in ("model.embed_tokens", "lm_head", "model.norm"))
     assert spec.embed_bytes == sum(p.nbytes for p in embedding.parameters())
@@ -72,6 +76,22 @@ def test_a_layer_slides_where_its_cache_does(family: str, changes: dict[str, Any
     cache = DynamicCache(config=config)
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
     assert [layer.attention.window for layer in spec_of(config).layers] == windows
+
+
+@pytest.mark.parametrize("family, changes", CASES, ids=IDS)
+def test_a_cache_holds_the_bytes_that_the_spec_counts(family: str, changes: dict[str, Any]) -> None:
+    # with latent attention the latent and the rotary part, not keys and values of every head
+    model = tiny_model(family, **changes)
+    model.set_experts_implementation("eager")
+    spec, cache = from_config(json.loads(model.config.to_json_string())), DynamicCache(config=model.config)
+    for n_tokens in (5, 1):
+        with torch.no_grad():
+            model(torch.ones(2, n_tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
+    for i, layer in enumerate(cache.layers):
+        window = spec.layers[i].attention.window
+        # a window counts the token at hand, which transformers need not keep
+        n_kept = 6 if window is None else min(6, window - 1)
+        assert layer.keys.nbytes + layer.values.nbytes == 2 * spec.kv_bytes(i, n_kept) <= 2 * spec.kv_bytes(i, 6)
 
 
 @settings(max_examples=25, deadline=None)
@@ -131,6 +151,7 @@ def experts(n: int, k: int, columns: int = 0, shared: int = 0) -> dict[str, Any]
 
 PHI = {"num_local_experts": 16, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True}
 MIXTRAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
 # Billions of parameters as published, with the shapes of the published config.json files.
 PUBLISHED = {
     "Mixtral-8x7B": (46.7, shape("mixtral", 4096, 14336, 32, "32/8/128", 32000, **MIXTRAL)),
@@ -178,7 +199,8 @@ def test_a_mixtral_expert_is_352_megabytes() -> None:
 @cache
 def silent(family: str) -> PreTrainedConfig:
     """A config.json that leaves out all that has a default."""
-    return AutoConfig.for_model(family)
+    top_k = {"num_experts_per_tok": 6} if family == "deepseek_v2" else {}  # the one size without a default
+    return AutoConfig.for_model(family, **top_k)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -187,7 +209,7 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(family: str) -> N
     optional = {
         "num_key_value_heads", "head_dim", "sliding_window", "tie_word_embeddings", "attention_bias", "layer_types",
         "qkv_bias", "lm_head_bias", "mlp_bias", "max_window_layers", "use_sliding_window", "mlp_only_layers",
-        "decoder_sparse_step",
+        "decoder_sparse_step", "q_lora_rank", "first_k_dense_replace", "n_shared_experts",
     }  # fmt: skip
     short = {key: value for key, value in written.items() if key not in optional}
     assert from_config(short).layers == from_config(written).layers

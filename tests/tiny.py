@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe")
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+LATENT = ("deepseek_v2", "deepseek_v3")
+FAMILIES = (*DENSE, "mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", *LATENT)
 
 # Sizes are all different, so that no two can be mistaken for each other.
 _COMMON: dict[str, Any] = {
@@ -22,6 +24,21 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+}
+_DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1,
+    "n_group": 3,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+    "kv_lora_rank": 18,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 10,
+    "v_head_dim": 14,
 }
 _FAMILY: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -46,6 +63,8 @@ _FAMILY: dict[str, dict[str, Any]] = {
     },
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 2.0},
     "phimoe": {"num_local_experts": 5, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
+    "deepseek_v2": {**_DEEPSEEK, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**_DEEPSEEK, "q_lora_rank": 22},
 }
 
 
@@ -61,10 +80,15 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in (*model.named_parameters(), *_stored_buffers(model)):
             mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             parameter.normal_(mean, 0.2, generator=generator)
     return model.train(False)  # type: ignore[no-any-return]
+
+
+def _stored_buffers(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    stored = model.state_dict()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
 
 
 def write_tiny(folder: Path, family: str, shards: bool = False, seed: int = 0, **changes: Any) -> Path:
