@@ -207,7 +207,7 @@ def test_the_model_is_ready_for_inference_and_knows_its_folder(tiny_checkpoint: 
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert model.name_or_path == str(folder)
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "scheinfer_sdpa"  # runtime.attention
     assert model.generation_config.eos_token_id == 2
 
 

@@ -130,8 +130,9 @@ def implementations(folder: Path, spec: ModelSpec) -> Iterator[PreTrainedModel]:
             ).train(False)
 
 
-def rms(difference: torch.Tensor) -> float:
-    return float(difference.square().mean().sqrt())
+def off(difference: torch.Tensor) -> float:
+    """What nine of ten tokens stay below: of the few others, rounding chose another expert."""
+    return float(difference.square().mean(dim=-1).sqrt().quantile(0.9))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -141,19 +142,15 @@ def test_bfloat16_logits_lie_within_the_spread_of_hugging_face_implementations(
     # grouped_mm wants rows of multiples of 16 bytes
     widths: dict[str, int | None] = {"intermediate_size": 48}
     widths |= {"moe_intermediate_size": 24} if family in ("qwen2_moe", "qwen3_moe", *LATENT) else {}
-    if family == "olmoe":
-        widths["clip_qkv"] = None  # a clipped row brings two experts so near to each other that rounding chooses
-    if family == "deepseek_v3":  # so do its sigmoids: one token's other expert outweighs all rounding; all are chosen
-        widths |= {"num_experts_per_tok": 6, "topk_group": 3}
     folder, ids = tiny_checkpoint(family, **widths), tokens(37, 3)
     spec = spec_of(folder, "bfloat16")
     theirs = [logits(model, ids).float() for model in implementations(folder, spec)]
-    spread = max(rms(a - b) for a in theirs for b in theirs)
+    spread = max(off(a - b) for a in theirs for b in theirs)
     assert spread > 0
     for plan in (on_cpu(spec), whole_experts(spec), three_ways(spec), shares(spec, 0.3, stream_min_tokens=1)):
         with loaded(folder, plan) as model:
             ours = logits(model, ids).float()
-        assert min(rms(ours - one) for one in theirs) <= spread
+        assert min(off(ours - one) for one in theirs) <= spread
 
 
 # -- the demonstration models -------------------------------------------------------------------------
