@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, StoppingCriteria, Stopp
 from hwmodels.errors import CheckpointError, ExecutionError, ModelError, PlanError
 from runtime import session
 from runtime.checkpoint import Checkpoint
+from runtime.memory import trim_heap
 from runtime.session import PlannedModel, load_planned
 from sim.memory import memory
 from sim.plan import Plan
@@ -424,7 +425,9 @@ def test_loading_takes_no_more_memory_than_the_weights(demo_models: dict[str, Pa
 
 
 def resident_bytes() -> int:
+    """Without what the C library keeps of other tests' memory, which it hands out again when it likes."""
     gc.collect()
+    trim_heap()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
