@@ -8,7 +8,7 @@ of sending (Sending).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,36 +137,81 @@ class Prices:
 
 @dataclass(frozen=True)
 class AheadCosts:
-    """A layer's task times where columns are sent ahead, [u, s]; masks say whether the task exists."""
+    """A layer's task times where columns are sent ahead, [alone or contended, step, u, s]; masks say what exists.
+
+    own_s    hand-off to the join, where the device has parts of its own
+    join_s   the join of as many partial results as there are
+    """
 
     gg_s: Seconds
     cg_s: Seconds
     cc_s: Seconds
     send_s: Seconds
+    own_s: Seconds
+    join_s: Seconds
     has_gg: Mask
     has_cg: Mask
     has_cc: Mask
     has_send: Mask
 
+    def at(self, units: Count, steps: slice) -> AheadCosts:
+        """Of some steps, for every level's number of units."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return AheadCosts(**{name: table[:, steps].take(units, axis=2) for name, table in found.items()})
 
-def ahead_costs(prices: Prices, layer: int, gg: Count, routing: Routing, ahead: Sequence[int]) -> AheadCosts:
+
+Uses = Sequence[tuple[Count, Routing, Count]]
+"""Per step: resident columns of the experts that have tokens, [row, expert], their tokens, and each u's row."""
+
+
+def ahead_costs(prices: Prices, layer: int, gg: Count, uses: Uses, ahead: Sequence[int]) -> AheadCosts:
     """Times of gg, cg, cc and send for placements gg [u, expert] and every number of columns sent ahead."""
     columns = prices.spec.layers[layer].ffn.columns
-    gg = gg[:, None, :]
-    sent = np.minimum(np.array(ahead, dtype=np.int64)[None, :, None], columns - gg)
-    cc = columns - gg - sent
-    active = np.array(routing) > 0
-    all_sent = sent.sum(axis=2)
-    has_send = all_sent > 0
+    all_sent = np.minimum(np.array(ahead)[None, :, None], columns - gg[:, None, :]).sum(axis=2)
+    shape = (1, len(uses), *all_sent.shape)
+    known: dict[object, tuple[Seconds, Mask]] = {}
+    times, masks = np.empty((3, *shape)), np.empty((3, *shape), dtype=bool)
+    for t, (rows, tokens, row) in enumerate(uses):
+        key = tokens, rows.tobytes()
+        if key not in known:
+            known[key] = _ahead_parts(prices, layer, rows, tokens, ahead)
+        times[:, 0, t], masks[:, 0, t] = known[key][0][:, row], known[key][1][:, row]
+    n_tokens = sum(uses[0][1]) // prices.spec.layers[layer].ffn.top_k
+    join_s, n_partial = prices.join_s(n_tokens, 3), masks.sum(axis=0)
     return AheadCosts(
-        gg_s=_sum_ffn(prices, "GPU", layer, routing, np.broadcast_to(gg, sent.shape)),
-        cg_s=_sum_ffn(prices, "GPU", layer, routing, sent),
-        cc_s=_sum_ffn(prices, "CPU", layer, routing, cc),
-        send_s=prices.send_all_s(layer, all_sent),
-        has_gg=np.broadcast_to((gg[:, :, active] > 0).any(axis=2), has_send.shape),
-        has_cg=np.any(sent[:, :, active] > 0, axis=2),
-        has_cc=np.any(cc[:, :, active] > 0, axis=2),
-        has_send=has_send,
+        gg_s=times[0],
+        cg_s=times[1],
+        cc_s=times[2],
+        send_s=np.broadcast_to(prices.send_all_s(layer, all_sent), shape),
+        own_s=np.where(masks[0] | masks[1], prices.lag_s("GPU", "GPU"), 0.0),
+        join_s=join_s[n_partial],
+        has_gg=masks[0],
+        has_cg=masks[1],
+        has_cc=masks[2],
+        has_send=np.broadcast_to(all_sent > 0, shape),
+    )
+
+
+def _ahead_parts(prices: Prices, layer: int, gg: Count, routing: Routing, ahead: Sequence[int]) -> tuple[Seconds, Mask]:
+    """Times of gg, cg and cc, and whether there are such parts: two arrays [part, u, s]."""
+    columns, resident = prices.spec.layers[layer].ffn.columns, gg[:, None, :]
+    sent = np.minimum(np.array(ahead)[None, :, None], columns - resident)
+    parts = (("GPU", np.broadcast_to(resident, sent.shape)), ("GPU", sent), ("CPU", columns - resident - sent))
+    times = [_sum_ffn(prices, "CPU" if place == "CPU" else "GPU", layer, routing, part) for place, part in parts]
+    return np.stack(times), np.stack([(part > 0).any(axis=2) for _, part in parts])
+
+
+def contended(alone: AheadCosts, slowed: Slowdown) -> AheadCosts:
+    """The same without contention first, and with it second."""
+    gpu_alone_s = alone.gg_s + alone.cg_s
+    cc_s, gpu_s, send_s = slowed.beside(alone.cc_s, gpu_alone_s, alone.send_s)
+    stretch = factor(gpu_s, gpu_alone_s)
+    return replace(
+        alone,
+        gg_s=np.concatenate((alone.gg_s, alone.gg_s * stretch)),
+        cg_s=np.concatenate((alone.cg_s, alone.cg_s * stretch)),
+        cc_s=np.concatenate((alone.cc_s, cc_s)),
+        send_s=np.concatenate((alone.send_s, send_s)),
     )
 
 
@@ -187,26 +232,24 @@ def routed_mlp_s(
     routing: Routing,
     sendings: Sequence[Sending],
     slowed: Slowdown | None,
-) -> tuple[Seconds, Seconds]:
-    """Seconds from the end of attention to the end of the join, [u, s], where nothing is sent ahead.
+) -> Seconds:
+    """Seconds from the end of attention to the end of the join, where nothing is sent ahead.
 
-    gg [u, expert] are placements; the two results are without contention, and estimated with it.
+    gg [u, expert] are placements. The result is [alone, u, s], or [alone or contended, u, s] if anything is slowed.
     Everything that such a layer starts ends before its join does, so layers add up. The loop follows
     sim.compile's issue order: sends through the slots, each followed by its cg; the CPU's part beside.
     """
     run = _RoutedLayer(prices, layer, gg, routing, sendings)
     if slowed is None:
-        alone_s = run.go(run.cc_s, np.ones(run.shape), np.ones(run.shape))
-        return alone_s, alone_s
+        return run.go(run.cc_s, np.ones(run.shape), np.ones(run.shape))[None]
     cc_s, gpu_s, send_s = slowed.beside(run.cc_s, run.gpu_s, run.sends_s)
     one = np.ones(run.shape)
     # Both at once: these arrays are small, and numpy's calls would cost more than their arithmetic.
-    both = run.go(
+    return run.go(
         np.stack((run.cc_s, cc_s)),
         np.stack((one, factor(gpu_s, run.gpu_s))),
         np.stack((one, factor(send_s, run.sends_s))),
     )
-    return both[0], both[1]
 
 
 def factor(slowed_s: Seconds, alone_s: Seconds) -> Seconds:
@@ -245,35 +288,39 @@ def slowdown(profile: HardwareProfile) -> Slowdown | None:
 
 
 class _RoutedLayer:
-    """One layer whose host experts are sent after the router; arrays are [u, s]."""
+    """One layer whose host experts are sent after the router; arrays are [u, s].
+
+    Experts differ in their tokens and in how much of them is resident: each such pair is priced once, and a
+    placement is how many experts it has of each pair. Only the sends, which wait for each other, go one by one.
+    """
 
     def __init__(self, prices: Prices, layer: int, gg: Count, routing: Routing, sendings: Sequence[Sending]) -> None:
-        self.prices, self.layer = prices, layer
+        self.prices = prices
         self.n_tokens = sum(routing) // prices.spec.layers[layer].ffn.top_k
         self.n_slots = np.array([max(s.n_slots, 1) for s in sendings])
-        least = np.array([_NEVER if s.min_tokens is None else s.min_tokens for s in sendings])
-        columns = prices.spec.layers[layer].ffn.columns
-        most = np.array([columns if s.columns is None else s.columns for s in sendings])
         self.shape = (len(gg), len(sendings))
-        self.cc_s, self.sends_s, self.cgs_s = np.zeros(self.shape), np.zeros(self.shape), np.zeros(self.shape)
-        self.gg_s = np.zeros((len(gg), 1))
-        self.has_cc, self.has_gg = np.zeros(self.shape, dtype=bool), np.zeros((len(gg), 1), dtype=bool)
-        self.sent: list[tuple[int, Count]] = []  # tokens of an expert, positions in the grid of what is sent of it
-        for expert, n in enumerate(routing):
-            if not n:
-                continue
-            resident = gg[:, [expert]]
-            sent = np.where(n >= least, np.minimum(columns - resident, most), 0)
-            cc, where = columns - resident - sent, prices.at(layer, sent)
-            cc_where, gg_where = prices.at(layer, cc), prices.at(layer, resident)
-            gpu_s = prices.ffn_s("GPU", layer, n)
-            self.sent.append((n, where))
-            self.cc_s += prices.ffn_s("CPU", layer, n)[cc_where]
-            self.sends_s += prices.send_s(layer)[where]
-            self.cgs_s += gpu_s[where]
-            self.gg_s += gpu_s[gg_where]
-            self.has_cc |= cc > 0
-            self.has_gg |= resident > 0
+        experts = np.flatnonzero(routing)
+        tokens, of_tokens = np.unique(np.array(routing)[experts], return_inverse=True)
+        resident, of_resident = np.unique(gg[:, experts], return_inverse=True)
+        pair = of_tokens * len(resident) + of_resident.reshape(len(gg), len(experts))  # [u, expert]
+        sent, self.send_s, self.cg_s, cc, cc_s, gg_s = _pairs(prices, layer, tokens, resident, sendings)
+        rows = np.arange(len(gg))[:, None] * len(cc)
+        count = np.bincount((rows + pair).ravel(), minlength=len(gg) * len(cc)).reshape(len(gg), len(cc))
+        self.cc_s, self.sends_s, self.cgs_s = count @ cc_s, count @ self.send_s, count @ self.cg_s
+        self.gg_s = (count @ gg_s)[:, None]
+        self.has_cc = np.asarray(count @ (cc > 0) > 0)
+        self.has_gg = np.any(gg[:, experts] > 0, axis=1)[:, None]
+        self.n_sent = count @ (sent > 0).astype(np.int64)
+        self._order_sends(np.asarray(sent > 0), pair)
+
+    def _order_sends(self, is_sent: Mask, pair: Count) -> None:
+        """Pair of every candidate's first, second, ... send, [send, u, s], and whether it has so many."""
+        busy = is_sent[pair.T]  # [expert, u, s]
+        expert, u, s = np.nonzero(busy)
+        nth = (np.cumsum(busy, axis=0) - 1)[expert, u, s]
+        self.sends = np.zeros((int(self.n_sent.max(initial=0)), *self.shape), dtype=np.int64)
+        self.sends[nth, u, s] = pair[u, expert]
+        self.is_send = np.arange(len(self.sends))[:, None, None] < self.n_sent
 
     @property
     def gpu_s(self) -> Seconds:
@@ -287,47 +334,58 @@ class _RoutedLayer:
         """
         prices, lag_s = self.prices, self.prices.lag_s
         gpu_free = np.where(self.has_gg, lag_s("GPU", "GPU") + self.gg_s * gpu_factor, 0.0)
-        link_free, n_sent = np.zeros(cc_s.shape), np.zeros(self.shape, dtype=np.int64)
-        slots = _Slots(self.n_slots, cc_s.shape)
-        send_s = prices.send_s(self.layer)
-        for n, where in self.sent:
-            busy = where > 0
-            if not busy.any():
-                continue
-            slot_free = slots.free() + lag_s("GPU", "H2D")
-            send_end = np.maximum(link_free, slot_free) + send_s[where] * send_factor
-            cg_s = prices.ffn_s("GPU", self.layer, n)[where] * gpu_factor
-            cg_end = np.maximum(gpu_free, send_end + lag_s("H2D", "GPU")) + cg_s
-            link_free, gpu_free = np.where(busy, send_end, link_free), np.where(busy, cg_end, gpu_free)
-            slots.use(busy, cg_end)
-            n_sent += busy
+        link_free, gpu_free = self._send(gpu_free, gpu_factor, send_factor)
         cc_end = lag_s("GPU", "D2H") + prices.activations_s("D2H", self.n_tokens) + lag_s("D2H", "CPU") + cc_s
         act_end = np.maximum(link_free, cc_end + lag_s("CPU", "H2D")) + prices.activations_s("H2D", self.n_tokens)
         ready = np.where(self.has_cc, act_end + lag_s("H2D", "GPU"), 0.0)
-        own = np.where(self.has_gg | (n_sent > 0), lag_s("GPU", "GPU"), 0.0)
-        n_partial = self.has_gg + n_sent + self.has_cc
+        own = np.where(self.has_gg | (self.n_sent > 0), lag_s("GPU", "GPU"), 0.0)
+        n_partial = self.has_gg + self.n_sent + self.has_cc
         join_s = prices.join_s(self.n_tokens, int(n_partial.max()))
         return np.asarray(np.maximum(gpu_free + own, ready) + join_s[n_partial])
 
+    def _send(self, gpu_free: Seconds, gpu_factor: Seconds, send_factor: Seconds) -> tuple[Seconds, Seconds]:
+        """When link and GPU are free after all sends, each followed by its cg."""
+        lag_s, sending = self.prices.lag_s, np.arange(self.shape[1])
+        sends = self.sends, sending
+        extra = (slice(None), *[None] * (gpu_factor.ndim - 2))  # [send, ..., u, s]
+        send_s = np.where(self.is_send, self.send_s[sends], 0.0)[extra] * send_factor
+        cg_s = np.where(self.is_send, self.cg_s[sends], 0.0)[extra] * gpu_factor
+        link_waits = np.where(self.is_send, lag_s("GPU", "H2D"), -np.inf)  # a send that is none waits for nothing
+        gpu_waits = np.where(self.is_send, lag_s("H2D", "GPU"), -np.inf)
+        link_free, ends = np.zeros_like(gpu_free), [gpu_free]
+        slots = [(n, self.n_slots == n) for n in np.unique(self.n_slots).tolist()]
+        for k in range(len(self.sends)):
+            slot_free = self._slot_free(ends, k, slots)
+            link_free = np.maximum(link_free, slot_free + link_waits[k]) + send_s[k]
+            ends.append(np.maximum(ends[-1], link_free + gpu_waits[k]) + cg_s[k])
+        return link_free, ends[-1]
 
-class _Slots:
-    """When the slots of each candidate are free: ends of its last cg tasks, the latest last."""
-
-    def __init__(self, n_slots: Count, shape: tuple[int, ...]) -> None:
-        self.most = int(n_slots.max())
-        self.groups = [(n, np.flatnonzero(n_slots == n)) for n in sorted(set(n_slots.tolist()))]
-        self.ends = [np.zeros(shape)] * self.most
-
-    def free(self) -> Seconds:
-        """When the slot of the next send is free: as many users back as there are slots."""
-        if len(self.groups) == 1:
-            return self.ends[0]
-        free = np.empty_like(self.ends[0])
-        for n, where in self.groups:
-            free[..., where] = self.ends[self.most - n][..., where]
+    @staticmethod
+    def _slot_free(ends: list[Seconds], k: int, slots: list[tuple[int, Mask]]) -> Seconds | float:
+        """When the slot of send k is free: at the end of the cg as many sends ago as there are slots."""
+        frees = [ends[k + 1 - n] if k >= n else 0.0 for n, _ in slots]
+        free = frees[0]
+        for (_, has), other in zip(slots[1:], frees[1:], strict=True):
+            free = np.where(has, other, free)
         return free
 
-    def use(self, busy: Mask, end_s: Seconds) -> None:
-        """A slot is used up to end_s, where busy."""
-        later = [*self.ends[1:], end_s]
-        self.ends = [np.where(busy, after, before) for before, after in zip(self.ends, later, strict=True)]
+
+def _pairs(
+    prices: Prices, layer: int, tokens: Count, resident: Count, sendings: Sequence[Sending]
+) -> tuple[Count, Seconds, Seconds, Count, Seconds, Seconds]:
+    """Of every pair of tokens and resident columns of an expert: columns sent, seconds of send and cg, columns of cc
+    and seconds of it, all [pair, s], and seconds of gg [pair]."""
+    columns = prices.spec.layers[layer].ffn.columns
+    least = np.array([_NEVER if s.min_tokens is None else s.min_tokens for s in sendings])
+    most = np.array([columns if s.columns is None else s.columns for s in sendings])
+    host = (columns - resident)[None, :, None]
+    sent = np.where(tokens[:, None, None] >= least, np.minimum(host, most), 0)
+    cc = host - sent
+    sent_at, cc_at, resident_at = prices.at(layer, sent), prices.at(layer, cc), prices.at(layer, resident)
+    cpu_s = np.stack([prices.ffn_s("CPU", layer, n) for n in tokens.tolist()])
+    gpu_s = np.stack([prices.ffn_s("GPU", layer, n) for n in tokens.tolist()])
+    each = np.arange(len(tokens))[:, None, None]
+    flat = (len(tokens) * len(resident), len(sendings))
+    send_s, cg_s, cc_s = prices.send_s(layer)[sent_at], gpu_s[each, sent_at], cpu_s[each, cc_at]
+    gg_s = gpu_s[:, resident_at].ravel()
+    return sent.reshape(flat), send_s.reshape(flat), cg_s.reshape(flat), cc.reshape(flat), cc_s.reshape(flat), gg_s

@@ -134,6 +134,7 @@ class _Search:
         self.bounds: list[Seconds] = []
         self.promising: list[_Candidate] = []
         self.simulated: set[Hashable] = set()
+        self.simulated_bounds_s: list[float] = []
         self.best_s = math.inf
         self.winners: list[Winner] = []
 
@@ -175,6 +176,7 @@ class _Search:
             if len(self.simulated) - n_before == most:
                 break
             self.simulated.add(plan.decisions)
+            self.simulated_bounds_s.append(candidate.bound_s)
             seconds = self.reference.total_s(plan)
             if seconds < self.best_s * _EQUAL:
                 self.best_s, best = seconds, Winner(plan, candidate.branch)
@@ -192,10 +194,14 @@ class _Search:
         """Bounds below the best time, but for those of candidates that decide as one that was simulated."""
         bounds = np.concatenate(self.bounds)
         below = Counter(bounds[bounds < self.best_s * _EQUAL].tolist())
+        # Candidates that decide alike have bounds that differ by rounding only: few plans need to be looked at.
+        near = np.array(self.simulated_bounds_s)
         settled = (
             c.bound_s
             for c in self.promising
-            if c.bound_s in below and _plan(self.problem, self.policy, c).decisions in self.simulated
+            if c.bound_s in below
+            and (np.abs(near - c.bound_s) <= (1 - _EQUAL) * c.bound_s).any()
+            and _plan(self.problem, self.policy, c).decisions in self.simulated
         )
         return np.array(list((below - Counter(settled)).elements()))
 
@@ -251,12 +257,20 @@ class _Pricer:
     """Times of candidates of one problem; steps and tables are made once."""
 
     def __init__(self, problem: Problem, slowed: Slowdown | None) -> None:
-        self.problem, self.slowed = problem, slowed
+        self.problem = problem
         spec, where = problem.spec, routing_of(problem.spec, problem.workload)
         prices = Prices(spec, problem.profile)
+        alike: dict[int, list[tuple[float, Step]]] = {}
+        for count, step in _counted_steps(problem):
+            alike.setdefault(step.n_tokens, []).append((count, step))
         self.steps = [
-            (count, StepTimes(prices, step, tuple(where(step, la) for la in range(spec.n_layers)), slowed))
-            for count, step in _counted_steps(problem)
+            StepTimes(
+                prices,
+                tuple(steps),
+                tuple(tuple(where(step, la) for la in range(spec.n_layers)) for _, step in steps),
+                slowed,
+            )
+            for steps in alike.values()
         ]
 
     def times(self, part: Branch, decode: tuple[Sending, ...], prompt: tuple[Sending, ...]) -> tuple[Seconds, Seconds]:
@@ -267,20 +281,18 @@ class _Pricer:
             slot_bytes(problem, part.filling, part.levels, prompt)[:, None, :],
         )
         need = (part.fixed_bytes + part.filling.bytes_of[part.levels])[:, None, None] + slots
-        fits = need <= problem.vram_budget_bytes
-        bound_s = np.where(fits, self._total(part, decode, prompt, False), np.inf)
-        return bound_s, np.where(fits, self._total(part, decode, prompt, True), np.inf) if self.slowed else bound_s
+        total = np.where(need <= problem.vram_budget_bytes, self._total(part, decode, prompt), np.inf)
+        return total[0], total[-1]
 
-    def _total(
-        self, part: Branch, decode: tuple[Sending, ...], prompt: tuple[Sending, ...], contended: bool
-    ) -> Seconds:
+    def _total(self, part: Branch, decode: tuple[Sending, ...], prompt: tuple[Sending, ...]) -> Seconds:
+        """[alone or contended, level, decode, prompt]"""
         branch = part.filling, part.ends, part.levels
-        total = np.zeros((len(part.levels), len(decode), len(prompt)))
-        for count, times in self.steps:
-            if times.step.n_tokens <= self.problem.workload.batch:  # a prompt's last token is a decode step, too
-                total += count * times.seconds(*branch, decode, contended)[:, :, None]
+        total = np.zeros((1, len(part.levels), len(decode), len(prompt)))
+        for times in self.steps:
+            if times.n_tokens <= self.problem.workload.batch:  # a prompt's last token is a decode step, too
+                total = total + times.seconds(*branch, decode)[:, :, :, None]
             else:
-                total += count * times.seconds(*branch, prompt, contended)[:, None, :]
+                total = total + times.seconds(*branch, prompt)[:, :, None, :]
         return total
 
 

@@ -1,8 +1,8 @@
-"""Seconds of a step for many placements and ways of sending at once, equal to the engine without contention.
+"""Seconds of steps for many placements and ways of sending at once, equal to the engine without contention.
 
 A layer that sends nothing ahead leaves every queue empty at its join, so such steps are a sum over layers.
 Sends ahead couple neighbouring layers: for them the engine's recurrence (start = max of what is waited for)
-runs over the layers once, each number in it an array over candidates.
+runs over the layers once, each number in it an array over candidates and steps.
 """
 
 from __future__ import annotations
@@ -14,171 +14,223 @@ import numpy as np
 
 from hwmodels.profile import RESOURCES, Resource
 from hwmodels.work import Work
-from sim.layercost import AheadCosts, Count, Mask, Prices, Seconds, Sending, Slowdown, ahead_costs, factor, routed_mlp_s
+from sim.layercost import AheadCosts, Count, Mask, Prices, Seconds, Sending, Slowdown, ahead_costs, contended
 from sim.placement import Filling
 from sim.plan import Place
+from sim.tables import RoutedTable, Shares, Single, Used, by_table, used
 from sim.workload import Routing, Step
 
-_MOST_UNITS_PRICED_WHOLE = 128
+_MOST_AT_ONCE = 1 << 14
+"""Numbers in an array of the recurrence: more would not stay in a core's cache, fewer spend their time in calls."""
 
 
 @dataclass
 class StepTimes:
-    """One step of one model on one machine, with its routing; remembers the tables of its layers."""
+    """Steps of one size of one model on one machine, with their routing; remembers the tables of its layers.
+
+    steps     each with how often it counts
+    routing   [step][layer]
+    slowed    contention as an estimate; None: nothing slows anything
+    """
 
     prices: Prices
-    step: Step
-    routing: tuple[Routing, ...]
+    steps: tuple[tuple[float, Step], ...]
+    routing: tuple[tuple[Routing, ...], ...]
     slowed: Slowdown | None = None
 
     def __post_init__(self) -> None:
-        self._routed: dict[object, tuple[Seconds, Seconds]] = {}
+        self._counts = np.array([count for count, _ in self.steps])
+        self._gg: dict[object, Count] = {}
+        self._used: dict[object, tuple[Used, ...]] = {}
+        self._tables: dict[object, list[Shares | Single]] = {}
+        self._routed: dict[object, RoutedTable] = {}
         self._ahead: dict[object, AheadCosts] = {}
-        self._chains_s: dict[tuple[tuple[int, ...], Place], float] = {}
-        self._cpu_mlps_s: dict[int, float] = {}
+        self._attention_s: dict[object, Seconds] = {}
+        self._chains_s: dict[object, float] = {}
+        self._cpu_mlps_s: dict[int, Seconds] = {}
 
-    def seconds(
-        self, filling: Filling, ends: Place, levels: Count, sendings: Sequence[Sending], contended: bool = False
-    ) -> Seconds:
-        """Seconds of the step, [level, sending], for the first `level` units of a filling on the device.
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of each of the steps."""
+        return self.steps[0][1].n_tokens
 
-        contended estimates them with contention (Slowdown).
+    def seconds(self, filling: Filling, ends: Place, levels: Count, sendings: Sequence[Sending]) -> Seconds:
+        """Seconds of all steps, [alone or contended, level, sending], for the first `level` units on the device.
+
+        The first are exact without contention; the second, if anything slows anything, an estimate with it.
         """
         units = filling.per_layer(levels)
-        total = np.empty((len(levels), len(sendings)))
+        total = np.empty((1 if self.slowed is None else 2, len(levels), len(sendings)))
         routed = [i for i, s in enumerate(sendings) if not s.sends_ahead]
         ahead = [i for i, s in enumerate(sendings) if s.sends_ahead]
         if routed:
-            total[:, routed] = self._sum(filling, ends, units, tuple(sendings[i] for i in routed), contended)
+            total[:, :, routed] = self._sum(filling, ends, units, tuple(sendings[i] for i in routed))
         if ahead:
-            total[:, ahead] = self._recur(filling, ends, units, tuple(sendings[i] for i in ahead), contended)
+            total[:, :, ahead] = self._recur_all(filling, ends, units, tuple(sendings[i] for i in ahead))
         return total
 
-    def _placements(self, filling: Filling, layer: int, units: Count) -> tuple[object, Count, Count]:
-        """What decides a layer's tables, its distinct placements, and which of them each level has.
+    # -- what steps use of a layer --------------------------------------------------------------------
 
-        Tables of all placements serve every order of filling, and dense layers each other; only where they
-        would be large they hold no more than is asked for.
-        """
-        ffn, column, n_units = self.prices.spec.layers[layer].ffn, units[:, layer], filling.units(layer)
-        rows = np.arange(n_units + 1) if n_units <= _MOST_UNITS_PRICED_WHOLE else np.unique(column)
+    def _kind(self, filling: Filling, layer: int) -> object:
+        """What decides a layer's tables: dense layers share them, whatever the order of filling."""
         # Whose experts come first, and what is pinned, differs by layer.
         owner = layer if filling.unit == "experts" or any(filling.pins.of_experts(layer)) else None
-        return (filling.unit, ffn, self.routing[layer], rows.tobytes(), owner), rows, np.searchsorted(rows, column)
+        ffn, routing = self.prices.spec.layers[layer].ffn, tuple(step[layer] for step in self.routing)
+        return filling.unit, ffn, routing, owner
+
+    def _resident(self, filling: Filling, layer: int, kind: object) -> Count:
+        """Resident columns by units of a layer, [u, expert]."""
+        if kind not in self._gg:
+            self._gg[kind] = filling.gg(layer)
+        return self._gg[kind]
+
+    def _uses(self, filling: Filling, layer: int, kind: object) -> tuple[Used, ...]:
+        """What each step uses of a layer."""
+        if kind not in self._used:
+            gg, columns = self._resident(filling, layer, kind), self.prices.spec.layers[layer].ffn.columns
+            alike = {step[layer]: used(gg, step[layer], columns) for step in self.routing}
+            self._used[kind] = tuple(alike[step[layer]] for step in self.routing)
+        return self._used[kind]
 
     # -- nothing sent ahead ---------------------------------------------------------------------------
 
-    def _sum(
-        self, filling: Filling, ends: Place, units: Count, sendings: tuple[Sending, ...], contended: bool
-    ) -> Seconds:
+    def _sum(self, filling: Filling, ends: Place, units: Count, sendings: tuple[Sending, ...]) -> Seconds:
         chain = tuple(filling.device_layers), ends
         if chain not in self._chains_s:
-            self._chains_s[chain] = self._chain_s(filling, ends)
-        total = np.full((len(units), len(sendings)), self._chains_s[chain])
+            self._chains_s[chain] = float(self._counts @ self._chain_s(filling, ends))
+        total = np.full((1 if self.slowed is None else 2, len(units), len(sendings)), self._chains_s[chain])
+        shared: dict[object, tuple[RoutedTable, Seconds]] = {}
         for layer in filling.device_layers:
-            kind, rows, which = self._placements(filling, layer, units)
-            key = (kind, sendings)
-            if key not in self._routed:
-                gg, routing = filling.gg(layer, rows), self.routing[layer]
-                self._routed[key] = routed_mlp_s(self.prices, layer, gg, routing, sendings, self.slowed)
-            total += self._routed[key][contended][which]
+            for part in self._parts(filling, layer):
+                table = self._table(layer, part, sendings)
+                if isinstance(part, Single):
+                    total += part.count * table.rows(part.of.row[units[:, layer]])
+                elif part.key in shared:
+                    shared[part.key][1][:] += part.count[units[:, layer]]
+                else:
+                    shared[part.key] = table, part.count[units[:, layer]]
+        for table, count in shared.values():
+            total += count @ table.whole()
         return total
 
-    def _chain_s(self, filling: Filling, ends: Place) -> float:
-        """Seconds of what no placement changes: embedding, attention, CPU layers, moves, head, sampling."""
-        clock = _Clock(self.prices, np.zeros(1), ends)
-        clock.run(ends, self._end("embed"))
+    def _parts(self, filling: Filling, layer: int) -> list[Shares | Single]:
+        kind = self._kind(filling, layer)
+        if kind not in self._tables:
+            uses = self._uses(filling, layer, kind)
+            self._tables[kind] = by_table(list(zip(self._counts.tolist(), uses, strict=True)))
+        return self._tables[kind]
+
+    def _table(self, layer: int, part: Shares | Single, sendings: tuple[Sending, ...]) -> RoutedTable:
+        key = self.prices.spec.layers[layer].ffn, part.key, sendings
+        if key not in self._routed:
+            self._routed[key] = RoutedTable(self.prices, layer, part.of, sendings, self.slowed)
+        return self._routed[key]
+
+    def _chain_s(self, filling: Filling, ends: Place) -> Seconds:
+        """Seconds of what no placement changes: embedding, attention, CPU layers, moves, head, sampling; [step]."""
+        every = slice(None)
+        clock = _Clock(self.prices, np.zeros((len(self.steps), 1, 1)), ends)
+        clock.run_s(ends, self._end_s(ends, "embed", every))
         for layer in range(self.prices.spec.n_layers):
             place: Place = "CPU" if filling.on_cpu(layer) else "GPU"
-            clock.move(place, self.step.n_tokens)
-            clock.run(place, self._attention(layer))
+            clock.move(place, self.n_tokens)
+            clock.run_s(place, self._layer_s(place, layer, every))
             if place == "CPU":
-                clock.run_s("CPU", self._cpu_mlp_s(layer))
-        self._finish(clock, ends)
-        return float(clock.end_s[0])
+                clock.run_s("CPU", self._cpu_mlp_s(layer, every))
+        self._finish(clock, ends, every)
+        return clock.end_s[:, 0, 0]
 
     # -- columns sent ahead ---------------------------------------------------------------------------
 
+    def _recur_all(self, filling: Filling, ends: Place, units: Count, sendings: tuple[Sending, ...]) -> Seconds:
+        """The recurrence over a few steps at once."""
+        n_each = max(1, _MOST_AT_ONCE // (units.shape[0] * len(sendings) * (1 if self.slowed is None else 2)))
+        total = np.zeros((1 if self.slowed is None else 2, len(units), len(sendings)))
+        for first in range(0, len(self.steps), n_each):
+            some = slice(first, first + n_each)
+            total += np.tensordot(self._recur(filling, ends, units, sendings, some), self._counts[some], (1, 0))
+        return total
+
     def _recur(
-        self, filling: Filling, ends: Place, units: Count, sendings: tuple[Sending, ...], contended: bool
+        self, filling: Filling, ends: Place, units: Count, sendings: tuple[Sending, ...], some: slice
     ) -> Seconds:
-        clock = _Clock(self.prices, np.zeros((len(units), len(sendings))), ends)
+        """Seconds of some of the steps, [alone or contended, step, level, sending]."""
+        shape = 1 if self.slowed is None else 2, len(self._counts[some]), len(units), len(sendings)
+        clock = _Clock(self.prices, np.zeros(shape), ends)
         link = _Link(self.prices, clock)
         n_layers = self.prices.spec.n_layers
         costs = [
             None
             if filling.on_cpu(layer)
-            else self._ahead_costs(filling, layer, units, tuple(s.ahead_of(layer) for s in sendings), contended)
+            else self._ahead_costs(filling, layer, tuple(s.ahead_of(layer) for s in sendings)).at(units[:, layer], some)
             for layer in range(n_layers)
         ]
-        clock.run(ends, self._end("embed"))
+        clock.run_s(ends, self._end_s(ends, "embed", some))
         link.send(costs[0])
         for layer, cost in enumerate(costs):
             following = costs[layer + 1] if layer + 1 < n_layers else None
-            clock.move("CPU" if cost is None else "GPU", self.step.n_tokens)
-            clock.run("CPU" if cost is None else "GPU", self._attention(layer))
+            place: Place = "CPU" if cost is None else "GPU"
+            clock.move(place, self.n_tokens)
+            clock.run_s(place, self._layer_s(place, layer, some))
             if cost is None:
-                clock.run_s("CPU", self._cpu_mlp_s(layer))
+                clock.run_s("CPU", self._cpu_mlp_s(layer, some))
                 link.send(following)
             else:
-                link.mlp(cost, following, self.step.n_tokens)
-        self._finish(clock, ends)
+                link.mlp(cost, following, self.n_tokens)
+        self._finish(clock, ends, some)
         return clock.end_s
 
-    def _ahead_costs(
-        self, filling: Filling, layer: int, units: Count, ahead: tuple[int, ...], contended: bool
-    ) -> AheadCosts:
-        kind, rows, u = self._placements(filling, layer, units)
-        key = (kind, ahead)
+    def _ahead_costs(self, filling: Filling, layer: int, ahead: tuple[int, ...]) -> AheadCosts:
+        kind = self._kind(filling, layer)
+        key = kind, ahead
         if key not in self._ahead:
-            gg = filling.gg(layer, rows)
-            self._ahead[key] = ahead_costs(self.prices, layer, gg, self.routing[layer], ahead)
-        table = self._ahead[key]
-        gg_s, cg_s, cc_s, send_s = table.gg_s, table.cg_s, table.cc_s, table.send_s
-        if contended and self.slowed is not None:
-            cc_s, gpu_s, send_s = self.slowed.beside(cc_s, gg_s + cg_s, send_s)
-            stretch = factor(gpu_s, gg_s + cg_s)
-            gg_s, cg_s = gg_s * stretch, cg_s * stretch
-        return AheadCosts(
-            gg_s=gg_s[u],
-            cg_s=cg_s[u],
-            cc_s=cc_s[u],
-            send_s=send_s[u],
-            has_gg=table.has_gg[u],
-            has_cg=table.has_cg[u],
-            has_cc=table.has_cc[u],
-            has_send=table.has_send[u],
-        )
+            gg, uses = self._resident(filling, layer, kind), self._uses(filling, layer, kind)
+            alone = ahead_costs(self.prices, layer, gg, [(use.gg, use.tokens, use.row) for use in uses], ahead)
+            self._ahead[key] = alone if self.slowed is None else contended(alone, self.slowed)
+        return self._ahead[key]
 
     # -- parts that are not MLPs ----------------------------------------------------------------------
 
-    def _end(self, op: str) -> Work:
+    def _end_s(self, place: Place, op: str, some: slice) -> Seconds:
+        """Seconds of embedding, head or sampling, [step, 1, 1]."""
+        if (place, op) not in self._attention_s:
+            self._attention_s[place, op] = self._each_s(place, [self._end(op, step) for _, step in self.steps])
+        return self._attention_s[place, op][some]
+
+    def _end(self, op: str, step: Step) -> Work:
         spec = self.prices.spec
         if op == "head":
-            return spec.head_work(self.step.batch)
-        return (
-            spec.small_work("embed", self.step.n_tokens)
-            if op == "embed"
-            else spec.small_work("sample", self.step.batch)
-        )
+            return spec.head_work(step.batch)
+        return spec.small_work("embed", step.n_tokens) if op == "embed" else spec.small_work("sample", step.batch)
 
-    def _attention(self, layer: int) -> Work:
-        step = self.step
-        return self.prices.spec.attention_work(layer, step.n_tokens, step.kv_tokens, step.batch)
+    def _layer_s(self, place: Place, layer: int, some: slice) -> Seconds:
+        """Seconds of what a layer does beside its MLP, [step, 1, 1]."""
+        spec = self.prices.spec
+        key = place, spec.layers[layer]
+        if key not in self._attention_s:
+            steps = [step for _, step in self.steps]
+            works = [spec.attention_work(layer, s.n_tokens, s.kv_tokens, s.batch) for s in steps]
+            self._attention_s[key] = self._each_s(place, works)
+        return self._attention_s[key][some]
 
-    def _cpu_mlp_s(self, layer: int) -> float:
+    def _each_s(self, place: Place, works: list[Work]) -> Seconds:
+        return np.array([self.prices.profile.time_s(place, work).seconds for work in works])[:, None, None]
+
+    def _cpu_mlp_s(self, layer: int, some: slice) -> Seconds:
+        """Seconds of a layer's whole MLP on the CPU, [step, 1, 1]."""
         if layer not in self._cpu_mlps_s:
-            self._cpu_mlps_s[layer] = self._whole_mlp_s(layer)
-        return self._cpu_mlps_s[layer]
+            every = self.prices.at(layer, np.array([self.prices.spec.layers[layer].ffn.columns]))
+            each = [
+                float(sum(self.prices.ffn_s("CPU", layer, n)[every[0]] for n in step[layer] if n))
+                for step in self.routing
+            ]
+            self._cpu_mlps_s[layer] = np.array(each)[:, None, None]
+        return self._cpu_mlps_s[layer][some]
 
-    def _whole_mlp_s(self, layer: int) -> float:
-        every = self.prices.at(layer, np.array([self.prices.spec.layers[layer].ffn.columns]))
-        return float(sum(self.prices.ffn_s("CPU", layer, n)[every[0]] for n in self.routing[layer] if n))
-
-    def _finish(self, clock: _Clock, ends: Place) -> None:
-        clock.move(ends, self.step.n_tokens)
-        clock.run(ends, self._end("head"))
-        clock.run(ends, self._end("sample"))
+    def _finish(self, clock: _Clock, ends: Place, some: slice) -> None:
+        clock.move(ends, self.n_tokens)
+        clock.run_s(ends, self._end_s(ends, "head", some))
+        clock.run_s(ends, self._end_s(ends, "sample", some))
 
 
 class _Clock:
@@ -191,12 +243,8 @@ class _Clock:
         self.free: dict[str, Seconds] = dict.fromkeys(RESOURCES, start_s)
         self.before = ""
 
-    def run(self, place: Place, work: Work) -> None:
-        """The next task of the chain, on the resource of that place."""
-        self.run_s(place, self.prices.profile.time_s(place, work).seconds)
-
     def run_s(self, resource: str, seconds: float | Seconds) -> None:
-        """The next task of the chain, of that many seconds."""
+        """The next task of the chain, on that resource, of that many seconds."""
         lag_s = self.prices.lag_s(self.before, resource) if self.before else 0.0
         self.end_s = np.maximum(self.free[resource], self.end_s + lag_s) + seconds
         self.free[resource] = self.end_s
@@ -246,10 +294,8 @@ class _Link:
         for name, end in (("D2H", down), ("CPU", cc), ("H2D", up)):
             free[name] = _where(cost.has_cc, end, free[name])
         self.send(following)
-        own = np.where(cost.has_gg | cost.has_cg, lag_s("GPU", "GPU"), 0.0)
         ready = _where(cost.has_cc, up + lag_s("H2D", "GPU"), np.full_like(up, -np.inf))
-        n_partial = cost.has_gg.astype(int) + cost.has_cg + cost.has_cc
-        clock.end_s = np.maximum(gpu + own, ready) + prices.join_s(n_tokens, 3)[n_partial]
+        clock.end_s = np.maximum(gpu + cost.own_s, ready) + cost.join_s
         free["GPU"] = clock.end_s
 
 

@@ -28,13 +28,27 @@ def test_auto_decides_the_same_with_a_second_process(spec, monkeypatch):
     assert in_two.certificate == in_one.certificate
 
 
-def test_plans_come_from_the_process_and_so_do_refusals(monkeypatch):
+def test_plans_come_from_the_process_and_so_do_refusals_and_rough_predictions(monkeypatch):
     problem = Problem(moe(), machine(), 1000, SHORT)
-    with Apart(problem, auto.OTHERS) as other:
-        monkeypatch.setattr(apart, "proposed", None)  # nothing is computed here
+    names = ("gpu-only", "cpu-only")
+    with Apart(problem, {name: auto.OTHERS[name] for name in names}) as other:
+        with other._changed:
+            assert other._changed.wait_for(lambda: set(other._known) == set(names), 60)
+        monkeypatch.setattr(apart, "answered", None)  # nothing is computed here
         with pytest.raises(PlanError, match="gpu-only needs"):
             other.plan("gpu-only", problem)
-        assert other.plan("cpu-only", problem).policy == "cpu-only"
+        plan = other.plan("cpu-only", problem)
+        assert plan == auto.followed("cpu-only", problem)
+        assert other.rough[plan.decisions] == problem.rough(plan)
+
+
+def test_a_process_that_brings_nothing_is_not_waited_for_long(monkeypatch):
+    problem = Problem(moe(), machine(), GB, SHORT)
+    monkeypatch.setattr(apart, "serve", None)
+    monkeypatch.setattr(apart, "_LONGEST_S", 0.1)
+    monkeypatch.setattr(sys, "executable", "/bin/cat")  # reads, but answers nothing that can be understood
+    with Apart(problem, auto.OTHERS) as other:
+        assert other.plan("cpu-only", problem) == auto.followed("cpu-only", problem)
 
 
 @pytest.mark.parametrize("broken", ["/nowhere/python", "/bin/false"])

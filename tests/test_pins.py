@@ -87,8 +87,8 @@ def test_the_times_and_slots_of_pinned_candidates_are_those_of_the_engine(data):
     ways = [Sending(a, n_slots=2, fixed=fixed) for a in (0, 1, 5) if a or fixed] + [Sending()]
     step, where = draw(st.sampled_from(workload.steps())), routing_of(spec, workload)
 
-    times = StepTimes(Prices(spec, profile), step, tuple(where(step, la) for la in range(spec.n_layers)))
-    fast, problem = times.seconds(filling, "GPU", levels, ways), Problem(spec, profile, 10 * GB, workload, pins)
+    times = StepTimes(Prices(spec, profile), ((1.0, step),), (tuple(where(step, la) for la in range(spec.n_layers)),))
+    fast, problem = times.seconds(filling, "GPU", levels, ways)[0], Problem(spec, profile, 10 * GB, workload, pins)
     slots = slot_bytes(problem, filling, levels, tuple(ways))
     for (i, level), (j, way) in itertools.product(enumerate(levels.tolist()), enumerate(ways)):
         made = problem.plan("", filling.layers(level), [way.tier(spec, "all", 10**6)], pinned=True)

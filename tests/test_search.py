@@ -59,8 +59,8 @@ def test_the_times_of_many_candidates_are_those_of_the_engine(data):
     ways = draw(st.lists(sendings(), min_size=1, max_size=6))
     step, where = draw(st.sampled_from(workload.steps())), routing_of(spec, workload)
 
-    times = StepTimes(Prices(spec, profile), step, tuple(where(step, la) for la in range(spec.n_layers)))
-    fast = times.seconds(filling, ends, levels, ways)
+    times = StepTimes(Prices(spec, profile), ((1.0, step),), (tuple(where(step, la) for la in range(spec.n_layers)),))
+    fast = times.seconds(filling, ends, levels, ways)[0]
 
     problem = Problem(spec, profile, 10 * GB, workload)
     for (i, level), (j, way) in itertools.product(enumerate(levels.tolist()), enumerate(ways)):

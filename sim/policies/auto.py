@@ -20,14 +20,14 @@ Derived by us: everything; no plan of another policy is faster in simulation, si
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
 
 from hwmodels.errors import PlanError
 from hwmodels.profile import HardwareProfile
 from sim.model import ModelSpec
-from sim.plan import CacheScope, ExpertCache, Plan, Tier
+from sim.plan import CacheScope, ExpertCache, Plan, Prediction, Tier
 from sim.policies import (
     cpu_only,
     fiddler,
@@ -87,12 +87,12 @@ def decide(problem: Problem) -> Decision:
 
 def _decide(problem: Problem) -> Decision:
     if not worth_it(problem.spec):
-        return _decided(problem, _searched(problem), followed)
+        return _decided(problem, _searched(problem), followed, {})
     with Apart(problem, OTHERS) as apart:
-        return _decided(problem, _searched(problem), apart.plan)
+        return _decided(problem, _searched(problem), apart.plan, apart.rough)
 
 
-def _decided(problem: Problem, found: Found | None, follow: Follow) -> Decision:
+def _decided(problem: Problem, found: Found | None, follow: Follow, rough: Mapping[Hashable, Prediction]) -> Decision:
     winners = found.winners if found is not None else ()
     rules: list[Rule] = [partial(_searched_again, winner.branch) for winner in winners]
     makes: list[Callable[[], Plan]] = [partial(_same, winner.plan) for winner in winners]
@@ -101,7 +101,7 @@ def _decided(problem: Problem, found: Found | None, follow: Follow) -> Decision:
     makes += [partial(rule, problem) for rule in cached]
     makes += [partial(follow, name, problem) for name in OTHERS]
     try:
-        tried = problem.tried(makes)
+        tried = problem.tried(makes, rough)
     except PlanError as error:
         if not problem.profile.has_gpu:
             raise

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from hwmodels.errors import PlanError
 from hwmodels.profile import HardwareProfile
@@ -166,15 +167,28 @@ class Problem:
         )
 
     def best(self, plans: Iterable[Callable[[], Plan]]) -> Plan:
-        """The plan with the shortest simulated generation, the first of equals; PlanError if none fits."""
-        return self.tried(plans)[0].plan
+        """The plan with the shortest simulated generation, the first of equals; PlanError if none fits.
 
-    def tried(self, plans: Iterable[Callable[[], Plan]]) -> list[Tried]:
+        It carries a prediction only if one was needed to tell it from the next best.
+        """
+        found = self._tried_roughly(plans, {})
+        near = _near(found)
+        return near[0].plan if len(near) == 1 else _first([self._again(tried) for tried in near]).plan
+
+    def tried(
+        self, plans: Iterable[Callable[[], Plan]], rough: Mapping[Hashable, Prediction] | None = None
+    ) -> list[Tried]:
         """Different plans that fit, the shortest simulated generation first; PlanError if none fits.
 
         All are forecast from few decode steps of a short generation, as if a long one went on so; those that come
-        near the best so are forecast as they are.
+        near the best so are forecast as they are. rough holds such predictions that are known, by the decisions.
         """
+        found = self._tried_roughly(plans, rough or {})
+        near = {tried.index for tried in _near(found)}
+        found = [self._again(tried) if tried.index in near else tried for tried in found]
+        return sorted(found, key=lambda tried: tried.total_s)
+
+    def _tried_roughly(self, plans: Iterable[Callable[[], Plan]], rough: Mapping[Hashable, Prediction]) -> list[Tried]:
         found: list[Tried] = []
         reasons: list[PlanError] = []
         known: set[Hashable] = set()
@@ -186,19 +200,17 @@ class Problem:
                 continue
             if plan.decisions not in known:
                 known.add(plan.decisions)
-                found.append(self._tried(plan, i))
+                plan = replace(plan, prediction=None) if plan.profile_id != self.profile.id else plan
+                prediction = plan.prediction or rough.get(plan.decisions) or self.rough(plan)
+                found.append(Tried(plan, prediction, total_s(prediction, self.workload), i))
         if not found:
             raise reasons[0]
-        near_s = min(tried.total_s for tried in found) * _NEAR
-        found = [self._again(tried) if tried.total_s <= near_s else tried for tried in found]
-        return sorted(found, key=lambda tried: tried.total_s)
+        return found
 
-    def _tried(self, plan: Plan, index: int) -> Tried:
-        """By the plan's own prediction, if it is for this machine, else by a rough one."""
-        plan = replace(plan, prediction=None) if plan.profile_id != self.profile.id else plan
+    def rough(self, plan: Plan) -> Prediction:
+        """A plan's prediction from few decode steps of a short generation."""
         short = replace(self.workload, n_gen=min(self.workload.n_gen, _SHORT))
-        prediction = plan.prediction or forecast(self.spec, plan, self.profile, short, n_decode=_FEW_STEPS)
-        return Tried(plan, prediction, total_s(prediction, self.workload), index)
+        return _rough(_Asked(self.spec.id, self.profile.id, short, plan.decisions, (self.spec, plan, self.profile)))
 
     def _again(self, tried: Tried) -> Tried:
         """With a prediction for the whole workload."""
@@ -207,6 +219,33 @@ class Problem:
             return tried
         prediction = forecast(self.spec, plan, self.profile, self.workload, ttft_s=rough.ttft_s)
         return Tried(plan.with_prediction(prediction), prediction, total_s(prediction, self.workload), tried.index)
+
+
+def _near(found: list[Tried]) -> list[Tried]:
+    """Those that a whole forecast may find to be the best."""
+    near_s = _first(found).total_s * _NEAR
+    return [tried for tried in found if tried.total_s <= near_s]
+
+
+def _first(found: list[Tried]) -> Tried:
+    return min(found, key=lambda tried: tried.total_s)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a rough prediction depends on, and the same in full."""
+
+    spec_id: str
+    profile_id: str
+    workload: Workload
+    decisions: Hashable
+    whole: tuple[ModelSpec, Plan, HardwareProfile] = field(compare=False)
+
+
+@lru_cache(maxsize=256)
+def _rough(asked: _Asked) -> Prediction:
+    spec, plan, profile = asked.whole
+    return forecast(spec, plan, profile, asked.workload, n_decode=_FEW_STEPS)
 
 
 def _tidy(spec: ModelSpec, plan: Plan, tier: Tier) -> Tier:
