@@ -108,9 +108,11 @@ def handoffs(delays_s: Mapping[str, Sequence[float]]) -> Part:
 
 
 def contention(
-    alone_s: Mapping[Resource, Sequence[float]], together_s: Mapping[Resource, Sequence[float]]
+    alone_s: Mapping[Resource, Sequence[float]],
+    together_s: Mapping[Resource, Sequence[float]],
+    computing: tuple[Resource, ...] = (),
 ) -> Contention:
-    """Rates of resources working together: time alone over time together, at most 1.
+    """Rates of resources working together: time alone over time together, at most 1; work of `computing` computes.
 
     Times by resource, one per round; the rate is the median over rounds, so that what drifts between
     rounds cancels.
@@ -121,7 +123,7 @@ def contention(
         for name in active
     }
     rate = {name: max(0.01, min(1.0, statistics.median(found))) for name, found in shares.items()}
-    return Contention(active, rate, "measured", {name: repeats(found) for name, found in shares.items()})
+    return Contention(active, rate, "measured", {name: repeats(found) for name, found in shares.items()}, computing)
 
 
 def merged(curves: Iterable[Curve]) -> list[Curve]:

@@ -18,6 +18,8 @@ VERSION = 1
 
 Resource = Literal["CPU", "GPU", "H2D", "D2H"]
 RESOURCES: tuple[Resource, ...] = ("CPU", "GPU", "H2D", "D2H")
+COMPUTERS: tuple[Resource, ...] = ("CPU", "GPU")
+"""Resources whose work may compute or read; the others copy."""
 Source = Literal["measured", "published", "datasheet", "estimated"]
 """Where a number comes from: measured by calibration on this machine, measured and published by others on one
 like it, taken from a specification, or a considered guess."""
@@ -45,10 +47,14 @@ def _check_dtype(field_name: str, dtype: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """A time and what it rests on."""
+    """A time and what it rests on.
+
+    computing_s is how much longer FLOPs take than bytes, at peak: above zero work computes, else it reads.
+    """
 
     seconds: float
     evidence: Evidence
+    computing_s: float
 
 
 @dataclass(frozen=True)
@@ -188,15 +194,20 @@ class Peak:
 class Contention:
     """Rates, relative to running alone, of the resources that are active together.
 
-    repeats says of each rate how it was measured, where it was.
+    repeats    says of each rate how it was measured, where it was
+    computing  those of CPU and GPU whose work computes (Cost.computing_s); the others read
     """
 
     active: tuple[Resource, ...]
     rate: dict[str, float]
     source: Source
     repeats: dict[str, Repeats] = field(default_factory=dict)
+    computing: tuple[Resource, ...] = ()
 
     def __post_init__(self) -> None:
+        if not set(self.computing) <= set(COMPUTERS) & set(self.active):
+            found = f"computing names {sorted(self.computing)}, active names {sorted(self.active)}"
+            raise FormatError(f"{found}; expected those of {' and '.join(COMPUTERS)} that are active")
         if self.repeats and set(self.repeats) != set(self.active):
             raise FormatError(f"repeats names {sorted(self.repeats)}, active names {sorted(self.active)}; expected all")
         if set(self.rate) != set(self.active):
@@ -252,6 +263,10 @@ class HardwareProfile:
         for name in self.sources:
             if name not in _SOURCED:
                 raise FormatError(f"sources names {name!r}; numbers here are {', '.join(_SOURCED)}")
+        for active, entries in self._contention.items():
+            if frozenset() not in entries:
+                found = f"contention of {'+'.join(sorted(active))} has rates of work that computes only"
+                raise FormatError(f"{found}; give an entry without computing, too: rates of work that reads")
         for pair in self.handoff_repeats:
             if pair not in self.handoff_s:
                 raise FormatError(f"handoff_repeats names {pair!r}, which handoff_s lacks")
@@ -298,9 +313,10 @@ class HardwareProfile:
     def _time_s(self, resource: Resource, work: Work) -> Cost:
         peak = self.peak(resource)
         roof_s = peak.roofline_s(work.dtype, work.flops, work.bytes)
+        computing_s = peak.roofline_s(work.dtype, work.flops, 0.0) - work.bytes / peak.bytes_per_s
         curve = self.curve(resource, work.op, work.dtype)
         if curve is None:
-            return Cost(peak.fixed_s + roof_s / peak.efficiency, "specified")
+            return Cost(peak.fixed_s + roof_s / peak.efficiency, "specified", computing_s)
         x_name, y_name = AXES[work.op]
         x, y = float(getattr(work, x_name)), float(getattr(work, y_name))
         point = curve.grid.locate(x, y)
@@ -310,8 +326,9 @@ class HardwareProfile:
         inside = point.inside and same_shape
         seconds = point.value if inside or measured_roof_s <= 0 else point.value * roof_s / measured_roof_s
         if curve.source != "measured":
-            return Cost(seconds, "specified")
-        return Cost(seconds, "extrapolated" if not inside else "measured" if point.exact else "interpolated")
+            return Cost(seconds, "specified", computing_s)
+        evidence: Evidence = "extrapolated" if not inside else "measured" if point.exact else "interpolated"
+        return Cost(seconds, evidence, computing_s)
 
     def peak(self, resource: Resource) -> Peak:
         """The peak rates of a resource; ProfileError if the machine has none."""
@@ -328,15 +345,37 @@ class HardwareProfile:
         """Whether there is a device to plan for."""
         return "GPU" in self.peaks and "H2D" in self.peaks and "D2H" in self.peaks
 
-    def rates(self, active: frozenset[str]) -> dict[str, float]:
-        """Rate of each active resource beside the others, 1.0 alone.
+    @cached_property
+    def _contention(self) -> dict[frozenset[str], dict[frozenset[str], Contention]]:
+        """Entries by what is active, then by what of it computes."""
+        table: dict[frozenset[str], dict[frozenset[str], Contention]] = {}
+        for entry in self.contention:
+            entries = table.setdefault(frozenset(entry.active), {})
+            if frozenset(entry.computing) in entries:
+                names = f"{'+'.join(entry.active)}, computing {list(entry.computing)}"
+                raise FormatError(f"contention has two entries of {names}; expected one")
+            entries[frozenset(entry.computing)] = entry
+        return table
 
-        The largest known subset's factors apply; resources outside it take their worst known pair.
+    @cached_property
+    def told_apart(self) -> frozenset[str]:
+        """Resources of which contention knows other rates for work that computes than for work that reads."""
+        return frozenset(name for entry in self.contention for name in entry.computing)
+
+    def computing(self, works: dict[Resource, Work]) -> frozenset[str]:
+        """The resources whose work computes, where contention tells that from work that reads."""
+        return frozenset(r for r in works if r in self.told_apart and self.time_s(r, works[r]).computing_s > 0)
+
+    def rates(self, active: frozenset[str], computing: frozenset[str] = frozenset()) -> dict[str, float]:
+        """Rate of each active resource beside the others, 1.0 alone; computing are those whose work computes.
+
+        The largest known subset's factors apply; resources outside it take their worst known pair. Where a set
+        was not measured with such work, or work is not told apart at all, its rates of work that reads apply.
         """
         rates = dict.fromkeys(active, 1.0)
-        for entry in self.contention:
-            if set(entry.active) <= active:
-                for name, rate in entry.rate.items():
+        for names, entries in self._contention.items():
+            if names <= active:
+                for name, rate in entries.get(computing & names, entries[frozenset()]).rate.items():
                     rates[name] = min(rates[name], rate)
         return rates
 

@@ -102,11 +102,13 @@ display(left_out.assign(**{c: left_out[c].map("{:.1%}".format) for c in ("median
 
 # %% [markdown]
 # Resources that share memory slow each other down. The profile keeps the rate of each beside the others, 1 being
-# alone:
+# alone, once for work that reads its weights (a token at a time) and once for work that computes (a prompt):
 
 # %%
 display(
-    pd.DataFrame([{"active": " + ".join(c.active), **c.rate} for c in mine.contention])
+    pd.DataFrame(
+        [{"active": " + ".join(c.active), "computing": ", ".join(c.computing), **c.rate} for c in mine.contention]
+    )
     .round(2)
     .astype(object)
     .fillna("")

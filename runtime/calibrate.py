@@ -9,7 +9,7 @@ rest       embedding, attention, head and sampling: a model of the same shapes w
 overlap    hand-offs between resources, small copies and joins, read from an overlapping run
 mlp        MLP parts over width and tokens, on CPU and GPU
 copies     H2D and D2H over sizes, pinned and pageable
-together   CPU, GPU and H2D at work at once: the contention table
+together   CPU, GPU and H2D at work at once, reading and computing: the contention table
 variants   MLP parts on the CPU with other numbers of threads, and in other types of numbers
 """
 
@@ -53,6 +53,7 @@ SETS: tuple[tuple[Resource, ...], ...] = (("CPU", "GPU"), ("CPU", "H2D"), ("GPU"
 """Resources that are measured working together."""
 _GLANCE_S = 0.3
 _VARIANT_TOKENS = (1, 4, 16, 64, 256)
+_COMPUTING_TOKENS = 64  # far beyond the ridge of a CPU: some 10 tokens
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,8 @@ def _copies(job: _Job, effort: Effort, tick: Tick) -> Part:
 
 def _together(job: _Job, effort: Effort, tick: Tick) -> Part:
     with job.bench(effort, tick) as bench:
-        return Part(contention=tuple(bench.contention(SETS, n_tokens=1, slice_s=job.extent.slice_s)))
+        n_tokens = max(n for n in job.extent.n_tokens if n <= _COMPUTING_TOKENS)
+        return Part(contention=tuple(bench.contention(SETS, n_tokens, job.extent.slice_s)))
 
 
 def _variants(job: _Job, effort: Effort, tick: Tick) -> Part:

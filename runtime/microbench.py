@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hwmodels import work
 from hwmodels.calibrate import contention, summarise
-from hwmodels.profile import Contention, Curve, Resource, Sample
+from hwmodels.profile import COMPUTERS, Contention, Curve, Resource, Sample
 from hwmodels.work import Work
 from runtime.devices.base import Body, Device
 from runtime.ops import Activation, Piece, gated_mlp, piece_views, routed_mlp
@@ -31,8 +31,10 @@ BodyOf = Callable[[int], Body]
 _POOL_BYTES = 192 << 20  # several times any cache: weights must come from memory
 _LONG_S = 10e-3  # a task that long needs no other before it to warm up
 _LOAD_COPY_BYTES = 4 << 20
+_LOAD_FLOPS = 2e9  # a task in some 10 ms on one core: short beside the time that sets work together
 _Load = tuple[Work, BodyOf, float]
 """What a resource is kept at work with: a demand, its bodies, and seconds of one task alone."""
+_Times = dict[Resource, list[float]]
 LINKS: tuple[Resource, Resource] = ("H2D", "D2H")
 _KIND: dict[Resource, Kind] = {"CPU": "cc", "GPU": "gg", "H2D": "send", "D2H": "act_d2h"}
 
@@ -165,21 +167,27 @@ class MicroBench:
     def contention(self, sets: Sequence[tuple[Resource, ...]], n_tokens: int, slice_s: float) -> list[Contention]:
         """Rates of resources working at once, each set against running alone in the same round.
 
-        MLP parts are of n_tokens tokens; every set works for slice_s in each of twice the least number of rounds.
+        Every set is measured with MLP parts of one token, which read, and of n_tokens, which compute; it works for
+        slice_s in each of twice the least number of rounds.
         """
         members: list[Resource] = sorted({r for active in sets for r in active})
-        loads = {r: self._load(r, n_tokens) for r in members}
-        alone: dict[Resource, list[float]] = {r: [] for r in members}
-        together: list[dict[Resource, list[float]]] = [{r: [] for r in active} for active in sets]
+        kinds = {n: {r: self._load(r, n) for r in members} for n in (1, n_tokens)}
+        alone: dict[int, _Times] = {n: {r: [] for r in members} for n in kinds}
+        together: dict[int, list[_Times]] = {n: [{r: [] for r in active} for active in sets] for n in kinds}
         rounds = 2 * self.effort.least
         for number in range(rounds):
-            for r in members:
-                alone[r].append(self._together((r,), loads, slice_s)[r])
-            for active, found in zip(sets, together, strict=True):
-                for name, each_s in self._together(active, loads, slice_s).items():
-                    found[name].append(each_s)
+            for n, loads in kinds.items():
+                for r in members:
+                    alone[n][r].append(self._together((r,), loads, slice_s)[r])
+                for found in together[n]:
+                    for name, each_s in self._together(tuple(found), loads, slice_s).items():
+                        found[name].append(each_s)
             self.tick((number + 1) / rounds)
-        return [contention(alone, found) for found in together]
+        return [
+            contention(alone[n], found, tuple(r for r in found if r in COMPUTERS and n > 1))
+            for n in kinds
+            for found in together[n]
+        ]
 
     def _together(
         self, active: Sequence[Resource], loads: Mapping[Resource, _Load], seconds: float
@@ -203,8 +211,9 @@ class MicroBench:
 
     def _load(self, resource: Resource, n_tokens: int) -> _Load:
         if resource in ("CPU", "GPU"):
-            demand = self.spec.ffn_work(self.layer, n_tokens, self.columns)
-            bodies = self._ffn_bodies(resource, n_tokens, self.columns)
+            columns = max(1, min(self.columns, int(_LOAD_FLOPS / self.spec.ffn_work(self.layer, n_tokens, 1).flops)))
+            demand = self.spec.ffn_work(self.layer, n_tokens, columns)
+            bodies = self._ffn_bodies(resource, n_tokens, columns)
         else:
             n = _LOAD_COPY_BYTES // self.dtype.itemsize
             demand = work.copy(n * self.dtype.itemsize, self.spec.dtype)

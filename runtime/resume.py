@@ -20,7 +20,7 @@ from runtime import native
 from sim.model import ModelSpec
 
 SCHEMA = "scheinfer.calibration-part"
-VERSION = 1
+VERSION = 2
 MAX_AGE_S = 3600.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hwmodels.profile import RESOURCES, HardwareProfile
@@ -17,11 +18,13 @@ class Prices:
     duration_s  seconds that each task holds its resource
     lag_s       per task and dependency: seconds between the dependency's end and the task's earliest start
     evidence    how many costs were measured, interpolated, extrapolated or specified
+    computing   per task: does it compute rather than read, where contention tells these apart? Empty: none does
     """
 
     duration_s: list[float]
     lag_s: list[tuple[float, ...]]
     evidence: dict[str, int]
+    computing: Sequence[bool] = ()
 
 
 def price(graph: TaskGraph, profile: HardwareProfile) -> Prices:
@@ -30,15 +33,17 @@ def price(graph: TaskGraph, profile: HardwareProfile) -> Prices:
     Raises ProfileError if the graph uses a resource that the profile does not describe.
     """
     evidence = dict.fromkeys(EVIDENCE, 0)
-    durations = []
+    durations, computing, told_apart = [], [], profile.told_apart
     for task in graph.tasks:
-        duration_s = 0.0
+        duration_s = computing_s = 0.0
         for work in task.works:
             cost = profile.time_s(task.resource, work)
             duration_s += cost.seconds
+            computing_s += cost.computing_s
             evidence[cost.evidence] += 1
         durations.append(duration_s)
-    return Prices(durations, _lags(graph, profile), evidence)
+        computing.append(computing_s > 0 and task.resource in told_apart)
+    return Prices(durations, _lags(graph, profile), evidence, computing)
 
 
 def _lags(graph: TaskGraph, profile: HardwareProfile) -> list[tuple[float, ...]]:

@@ -5,7 +5,7 @@ resource is free and every dependency has ended and been handed over; tasks behi
 
 Resources share DRAM, so tasks in flight slow each other. With a rate table each of them has work left
 and progresses at the rate of the set of resources now active; when the set changes, the work left is
-brought up to date and the end is set anew.
+brought up to date and the end is set anew. Rates also depend on whose work computes and whose reads memory.
 
 SimPy is used through callbacks on Timeout, without processes: an event per task, not five.
 """
@@ -25,8 +25,9 @@ from sim.cost import Prices
 from sim.graph import TaskGraph
 from sim.timeline import Span, Timeline
 
-Rates = Callable[[frozenset[str]], Mapping[str, float]]
-"""Relative rate of each of the resources that are active together (HardwareProfile.rates)."""
+Rates = Callable[[frozenset[str], frozenset[str]], Mapping[str, float]]
+"""Relative rate of each of the resources that are active together, and those whose work computes
+(HardwareProfile.rates)."""
 
 
 def execute(graph: TaskGraph, prices: Prices, profile_rates: Rates | None = None, start_s: float = 0.0) -> Timeline:
@@ -64,11 +65,20 @@ def check_prices(graph: TaskGraph, prices: Prices) -> None:
     """Raise GraphError unless every task has a duration and lags that are finite and at least zero."""
     if len(prices.duration_s) != len(graph) or len(prices.lag_s) != len(graph):
         raise GraphError(f"{len(prices.duration_s)} durations and {len(prices.lag_s)} lags for {len(graph)} tasks")
+    if len(prices.computing) not in (0, len(graph)):
+        raise GraphError(f"computing says of {len(prices.computing)} tasks whether they compute, not of {len(graph)}")
     infinite = math.inf
     for i, (duration_s, lags) in enumerate(zip(prices.duration_s, prices.lag_s, strict=True)):
         if not 0.0 <= duration_s < infinite or any(not 0.0 <= lag < infinite for lag in lags):
             found = f"takes {duration_s} s after lags of {list(lags)} s"
             raise GraphError(f"task {graph.tasks[i].id!r} {found}; expected finite times of at least zero")
+
+
+_BITS = [1 << r for r in range(len(RESOURCES))]
+
+
+def _names(bits: int) -> frozenset[str]:
+    return frozenset(name for bit, name in zip(_BITS, RESOURCES, strict=True) if bits & bit)
 
 
 class _Run:
@@ -144,7 +154,11 @@ class _SharedRun(_Run):
         super().__init__(graph, prices, start_s)
         self.rates_of = rates_of
         self.known: dict[int, list[float]] = {}
-        self.active = 0  # a bit per resource
+        self.active = 0  # a bit per resource, and above these a bit per resource whose task computes
+        self.bits = [_BITS[r] for r in self.resource]
+        for i, computes in enumerate(prices.computing):
+            if computes:
+                self.bits[i] |= self.bits[i] << len(RESOURCES)
         self.task = [-1 for _ in RESOURCES]
         self.left_s, self.since_s, self.rate = ([0.0 for _ in RESOURCES] for _ in range(3))
         self.timer: list[Event | None] = [None for _ in RESOURCES]
@@ -162,7 +176,7 @@ class _SharedRun(_Run):
         if self.duration_s[i] == 0.0:  # takes nothing from the others
             self.timer[r] = self._after(0.0, i, self._ended)
             return
-        self.active |= 1 << r
+        self.active |= self.bits[i]
         self.task[r], self.left_s[r], self.since_s[r] = i, self.duration_s[i], self.env.now
         self.changed = True
 
@@ -172,7 +186,7 @@ class _SharedRun(_Run):
         if self.timer[r] is not event:  # its end was set anew
             return
         if self.rate[r]:
-            self.active &= ~(1 << r)
+            self.active &= ~self.bits[i]
             self.rate[r] = 0.0
             self.changed = True
         super()._ended(event)
@@ -197,8 +211,8 @@ class _SharedRun(_Run):
 
     def _rates(self) -> list[float]:
         """Rates of the active resources, zero for the others."""
-        names = frozenset(name for r, name in enumerate(RESOURCES) if self.active >> r & 1)
-        given = self.rates_of(names)
+        names, computing = _names(self.active), _names(self.active >> len(RESOURCES))
+        given = self.rates_of(names, computing)
         for name in names:
             if not 0.0 < given.get(name, 1.0) < math.inf:
                 found = f"{name} runs at a rate of {given[name]} beside {sorted(names)}"

@@ -280,9 +280,16 @@ class Slowdown:
         )
 
 
-def slowdown(profile: HardwareProfile) -> Slowdown | None:
-    """The estimate for a machine; None where nothing slows anything."""
-    link, gpu = profile.rates(frozenset({"CPU", "H2D"})), profile.rates(frozenset({"CPU", "GPU"}))
+def slowdown(profile: HardwareProfile, spec: ModelSpec, n_tokens: int) -> Slowdown | None:
+    """The estimate for steps of so many tokens; None where nothing slows anything.
+
+    Whether MLP parts compute or read is judged by one expert with its mean number of tokens.
+    """
+    layer = max(range(spec.n_layers), key=lambda i: spec.layers[i].ffn.n_experts)
+    ffn = spec.layers[layer].ffn
+    demand = spec.ffn_work(layer, max(1, round(n_tokens * ffn.top_k / ffn.n_experts)), ffn.columns)
+    computing = profile.computing({"CPU": demand, "GPU": demand})
+    link, gpu = (profile.rates(frozenset({"CPU", other}), computing) for other in ("H2D", "GPU"))
     known = Slowdown(link["CPU"], link["H2D"], gpu["CPU"], gpu["GPU"])
     return None if known == Slowdown(1.0, 1.0, 1.0, 1.0) else known
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sim.compile import compile_step
 from sim.cost import price
 from sim.engine import schedule
-from sim.layercost import Prices, Seconds, Sending, Slowdown, slowdown
+from sim.layercost import Prices, Seconds, Sending, slowdown
 from sim.plan import Plan, Tier
 from sim.policies.problem import Problem
 from sim.simulate import counted, counted_chunks, representative, routing_of
@@ -129,7 +129,7 @@ class _Search:
 
     def __init__(self, problem: Problem, policy: str, contention: bool) -> None:
         self.problem, self.policy = problem, policy
-        self.pricer = _Pricer(problem, slowdown(problem.profile) if contention else None)
+        self.pricer = _Pricer(problem, contention)
         self.reference = _Reference(problem, contention)
         self.bounds: list[Seconds] = []
         self.promising: list[_Candidate] = []
@@ -256,7 +256,7 @@ def _plan(problem: Problem, policy: str, candidate: _Candidate) -> Plan:
 class _Pricer:
     """Times of candidates of one problem; steps and tables are made once."""
 
-    def __init__(self, problem: Problem, slowed: Slowdown | None) -> None:
+    def __init__(self, problem: Problem, contention: bool) -> None:
         self.problem = problem
         spec, where = problem.spec, routing_of(problem.spec, problem.workload)
         prices = Prices(spec, problem.profile)
@@ -268,9 +268,9 @@ class _Pricer:
                 prices,
                 tuple(steps),
                 tuple(tuple(where(step, la) for la in range(spec.n_layers)) for _, step in steps),
-                slowed,
+                slowdown(problem.profile, spec, n_tokens) if contention else None,
             )
-            for steps in alike.values()
+            for n_tokens, steps in alike.items()
         ]
 
     def times(self, part: Branch, decode: tuple[Sending, ...], prompt: tuple[Sending, ...]) -> tuple[Seconds, Seconds]:

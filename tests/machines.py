@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hwmodels.profile import Contention, HardwareProfile, Peak
+from hwmodels.profile import Contention, HardwareProfile, Peak, Resource
 from sim.model import ModelSpec, from_config
 from sim.policies.problem import Problem
 from sim.space import fixed_bytes
@@ -23,8 +23,9 @@ def machine(
     handoff_s: float = 0.0,
     gpu: bool = True,
     together: tuple[float, float] | None = None,
+    computing: tuple[float, float] | None = None,
 ) -> HardwareProfile:
-    """A machine of peaks only. together: rates of CPU and H2D while both are busy."""
+    """A machine of peaks only. together, computing: rates of CPU and H2D while both are busy, the CPU computing."""
 
     def peak(gflops: float, gb_s: float) -> Peak:
         return Peak({"float32": gflops * 1e9, "bfloat16": gflops * 1e9}, gb_s * 1e9, 1.0, fixed_s, "estimated")
@@ -33,9 +34,13 @@ def machine(
     if gpu:
         peaks |= {"GPU": peak(gpu_gflops, gpu_gb_s), "H2D": peak(1, link_gb_s), "D2H": peak(1, link_gb_s)}
     handoffs = dict.fromkeys(("CPU>H2D", "H2D>GPU", "GPU>D2H", "D2H>CPU", "GPU>H2D"), handoff_s) if gpu else {}
-    contended = (
-        (Contention(("CPU", "H2D"), dict(zip(("CPU", "H2D"), together, strict=True)), "estimated"),) if together else ()
-    )
+
+    def contended(rates: tuple[float, float], *kind: Resource) -> Contention:
+        both: tuple[Resource, ...] = ("CPU", "H2D")
+        return Contention(both, dict(zip(both, rates, strict=True)), "estimated", computing=kind)
+
+    table = [contended(together)] if together else []
+    table += [contended(computing, "CPU")] if computing else []
     return HardwareProfile(
         name="made-up",
         device="cuda" if gpu else "none",
@@ -46,7 +51,7 @@ def machine(
         cpu_threads=4,
         peaks=peaks,
         handoff_s=handoffs,
-        contention=contended,
+        contention=tuple(table),
     )
 
 

@@ -47,7 +47,9 @@ def copy_curve(draw: st.DrawFn, profile: HardwareProfile) -> Curve:
 @st.composite
 def profiles(draw: st.DrawFn, spec: ModelSpec) -> HardwareProfile:
     rates = {k: draw(st.sampled_from((1.0, 5.0, 30.0))) for k in ("cpu_gb_s", "gpu_gb_s", "link_gb_s")}
-    profile = machine(**rates, gpu_gflops=20, cpu_gflops=3, handoff_s=draw(st.sampled_from((0.0, 1e-7))))
+    slowed = {k: draw(st.sampled_from(((0.5, 0.7), (1.0, 0.2)))) for k in ("together", "computing")}
+    handoff_s = draw(st.sampled_from((0.0, 1e-7)))
+    profile = machine(**rates, **slowed, gpu_gflops=20, cpu_gflops=3, handoff_s=handoff_s)
     curves = [ffn_curve(draw, name, profile, spec) for name in ("CPU", "GPU") if draw(st.booleans())]
     curves += [copy_curve(draw, profile)] if draw(st.booleans()) else []
     return profile.with_(curves=tuple(curves))
@@ -61,9 +63,10 @@ def test_no_plan_beats_the_bound(data):
     workload = Workload(data.draw(st.integers(1, 9)), 4, batch=data.draw(st.integers(1, 2)), skew=1.0)
     made = replace(data.draw(plans(spec)), n_ctx=workload.n_ctx, batch=workload.batch)
     limit = bound(spec, profile, memory(spec, made).vram_bytes, workload, made.cache is not None)
-    timeline = simulate(spec, made, profile, workload, contention=False)
-    assert limit.prefill_s <= timeline.ttft_s * (1 + 1e-9)
-    assert limit.decode_s <= timeline.tpot_s * (1 + 1e-9)
+    for contention in (False, True):
+        timeline = simulate(spec, made, profile, workload, contention=contention)
+        assert limit.prefill_s <= timeline.ttft_s * (1 + 1e-9)
+        assert limit.decode_s <= timeline.tpot_s * (1 + 1e-9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -85,7 +88,7 @@ def test_no_expert_cache_beats_the_bound_of_caches(data):
 @given(st.sampled_from((dense(3), moe(2))), st.floats(0.0, 1.3), st.booleans())
 def test_the_best_plan_known_does_not_beat_the_bound_either(spec, share, contended):
     workload = Workload(20, 4)
-    profile = machine(together=(0.7, 0.8) if contended else None)
+    profile = machine(together=(0.7, 0.8), computing=(0.9, 0.8)) if contended else machine()
     limit = bound(spec, profile, budget(spec, workload, share), workload)
     made = plan(spec, profile, budget(spec, workload, share), workload)
     timeline = simulate(spec, made, profile, workload)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwmodels.errors import GraphError, ProfileError
-from hwmodels.profile import RESOURCES, Contention
+from hwmodels.profile import COMPUTERS, RESOURCES, Contention
 from hwmodels.work import Work
 from sim.cost import Prices, price
 from sim.engine import Rates, execute, schedule
@@ -146,10 +147,59 @@ def test_waiting_for_a_hand_off_slows_nobody() -> None:
     assert schedule(made, lagged, HALF.rates)[1] == [1, 4, 3]
 
 
+BOTH = machine(
+    contention=[
+        Contention(("CPU", "H2D"), {"CPU": 0.5, "H2D": 0.5}, "measured"),
+        Contention(("CPU", "H2D"), {"CPU": 1.0, "H2D": 0.25}, "measured", computing=("CPU",)),
+    ]
+)
+
+
+def test_work_that_computes_has_rates_of_its_own() -> None:
+    # H2D: |=====w=====|--w--|      at a quarter beside c: 1 done in 4 s, the other alone
+    # CPU: |=====c=====|            c computes: it has FLOPs and no bytes
+    made = graph([task("w", H2D, 2), task("c", CPU, 4)])
+    assert schedule(made, price(made, BOTH), BOTH.rates)[1] == [5, 4]
+
+
+def test_work_that_reads_keeps_the_rates_of_reading() -> None:
+    reads = Task("c", "cc", CPU, (Work("ffn", "float32", 1, 0.0, 4.0),))
+    made = graph([task("w", H2D, 2), reads])
+    assert (
+        schedule(made, price(made, BOTH), BOTH.rates)[1] == schedule(made, price(made, HALF), HALF.rates)[1] == [4, 6]
+    )
+
+
+def test_rates_change_when_work_that_computes_follows_work_that_reads() -> None:
+    # H2D: |==r==|====w====|-w-|    1 of 2.5 done beside r in 2 s, 1 of it beside c in 4 s, then 0.5 alone
+    # CPU: |==r==|====c====|
+    reads = Task("r", "cc", CPU, (Work("ffn", "float32", 1, 0.0, 1.0),))
+    made = graph([task("w", H2D, 2.5), reads, task("c", CPU, 4)])
+    assert schedule(made, price(made, BOTH), BOTH.rates)[1] == [6.5, 2, 6]
+
+
+def test_a_task_computes_if_flops_take_longer_than_bytes_over_all_its_work() -> None:
+    few, many = (Work("ffn", "float32", n, float(n), 4.0) for n in (1, 6))
+    tasks = [Task(name, "cc", CPU, works) for name, works in {"few": (few,), "both": (few, many)}.items()]
+    assert price(graph(tasks), BOTH).computing == [False, False]  # 1 s and 4 s; 7 s and 8 s
+    assert price(graph([Task("most", "cc", CPU, (few, many, many))]), BOTH).computing == [True]  # 13 s and 12 s
+
+
+def test_no_task_is_told_to_compute_where_contention_knows_no_such_rates() -> None:
+    made = graph([task("c", CPU, 4), task("g", GPU, 4)])
+    assert price(made, HALF).computing == [False, False]
+    assert price(made, BOTH).computing == [True, False]
+
+
+def test_computing_of_other_tasks_is_refused() -> None:
+    with pytest.raises(GraphError, match="computing says of 2 tasks whether they compute, not of 1"):
+        schedule(graph([task("c", CPU, 1)]), Prices([1.0], [()], {}, [True, False]))
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
 def test_a_rate_that_stops_or_reverses_work_is_refused(bad: float) -> None:
     with pytest.raises(GraphError, match="CPU runs at a rate of"):
-        schedule(*unit_graph(task("c", CPU, 1)), lambda active: dict.fromkeys(active, bad))
+        schedule(*unit_graph(task("c", CPU, 1)), lambda active, computing: dict.fromkeys(active, bad))
 
 
 # -- laws, on random graphs ---------------------------------------------------------------------------
@@ -165,20 +215,21 @@ ROWS = st.lists(
 @st.composite
 def priced_graphs(draw: st.DrawFn) -> tuple[TaskGraph, Prices]:
     """Graphs with durations and lags of which many are zero or equal."""
-    tasks, durations, lags = [], [], []
+    tasks, durations, lags, computing = [], [], [], []
     for i, (resource, duration_s, back) in enumerate(draw(ROWS)):
         deps = {f"t{i - k}": lag_s for k, lag_s in back if k <= i}
         tasks.append(Task(f"t{i}", "gg", resource, deps=tuple(deps)))
         durations.append(duration_s)
         lags.append(tuple(deps.values()))
-    return graph(tasks), Prices(durations, lags, {})
+        computing.append(resource in COMPUTERS and draw(st.booleans()))
+    return graph(tasks), Prices(durations, lags, {}, computing)
 
 
 def some_rates(seed: int) -> Rates:
-    """For every set of active resources some rates from 0.1 to 1, always the same."""
+    """For every set of active resources and those that compute some rates from 0.1 to 1, always the same."""
 
-    def rates(active: frozenset[str]) -> Mapping[str, float]:
-        draw = random.Random(f"{seed}{sorted(active)}")
+    def rates(active: frozenset[str], computing: frozenset[str]) -> Mapping[str, float]:
+        draw = random.Random(f"{seed}{sorted(active)}{sorted(computing)}")
         return {name: draw.uniform(0.1, 1.0) for name in sorted(active)}
 
     return rates
@@ -196,7 +247,7 @@ def test_simpy_heap_and_recurrence_agree_to_the_last_bit(made: tuple[TaskGraph, 
 @settings(max_examples=500, deadline=None)
 @given(priced_graphs())
 def test_contention_without_slowdown_is_no_contention(made: tuple[TaskGraph, Prices]) -> None:
-    assert schedule(*made, lambda active: dict.fromkeys(active, 1.0)) == schedule(*made)
+    assert schedule(*made, lambda active, computing: dict.fromkeys(active, 1.0)) == schedule(*made)
 
 
 @settings(max_examples=500, deadline=None)
@@ -211,6 +262,15 @@ def test_contention_never_helps_and_costs_no_more_than_the_lowest_rate(
         assert starts[i] >= alone_starts[i] - 1e-9
         assert ends[i] >= alone_ends[i] - 1e-9
         assert alone_s - 1e-9 <= ends[i] - starts[i] <= alone_s / 0.1 + 1e-9
+
+
+@settings(max_examples=300, deadline=None)
+@given(priced_graphs(), st.integers(0, 10**6))
+def test_equal_rates_for_both_kinds_of_work_are_one_table(made: tuple[TaskGraph, Prices], seed: int) -> None:
+    tasks, prices = made
+    own = some_rates(seed)
+    alike = schedule(tasks, prices, lambda active, computing: own(active, frozenset()))
+    assert alike == schedule(tasks, replace(prices, computing=()), own)
 
 
 @settings(max_examples=300, deadline=None)

@@ -138,6 +138,40 @@ def test_a_third_resource_does_not_lift_what_a_pair_costs():
     assert PROFILE.rates(frozenset({"CPU", "H2D", "GPU"})) == {"CPU": 0.5, "H2D": 0.8, "GPU": 1.0}
 
 
+BOTH = replace(
+    PROFILE,
+    contention=(*PROFILE.contention, replace(PROFILE.contention[0], rate={"CPU": 0.9, "H2D": 0.7}, computing=("CPU",))),
+)
+
+
+def test_work_that_computes_has_rates_of_its_own_where_they_were_measured():
+    assert BOTH.rates(frozenset({"CPU", "H2D"}), frozenset({"CPU"})) == {"CPU": 0.9, "H2D": 0.7}
+    assert BOTH.rates(frozenset({"CPU", "H2D"})) == {"CPU": 0.5, "H2D": 0.8}
+
+
+def test_a_gpu_that_computes_beside_does_not_change_the_rates_of_a_pair():
+    active = frozenset({"CPU", "H2D", "GPU"})
+    assert BOTH.rates(active, frozenset({"GPU"})) == {"CPU": 0.5, "H2D": 0.8, "GPU": 1.0}
+    assert BOTH.rates(active, frozenset({"CPU", "GPU"})) == {"CPU": 0.9, "H2D": 0.7, "GPU": 1.0}
+
+
+def test_without_rates_of_computing_those_of_reading_answer_for_all_work():
+    assert PROFILE.rates(frozenset({"CPU", "H2D"}), frozenset({"CPU"})) == PROFILE.rates(frozenset({"CPU", "H2D"}))
+    assert PROFILE.told_apart == frozenset()
+
+
+def test_two_entries_of_one_kind_of_work_are_refused():
+    with pytest.raises(FormatError, match=r"contention has two entries of CPU\+H2D, computing \['CPU'\]; expected one"):
+        replace(BOTH, contention=(*BOTH.contention, BOTH.contention[1]))
+
+
+def test_work_computes_beyond_the_ridge_of_the_roofline():
+    # a FLOP and a byte take a second each: two FLOPs per token and weight, four bytes per weight
+    works = {n: Work("ffn", "float32", n, 20.0 * n, 40.0) for n in (1, 2, 3, 8)}
+    assert [n for n, one in works.items() if BOTH.computing({"CPU": one})] == [3, 8]
+    assert not PROFILE.computing({"CPU": works[8]})
+
+
 # -- files --------------------------------------------------------------------------------------------
 
 
@@ -224,6 +258,18 @@ def put(value: Any, path: str, new: Any) -> None:
         ("handoff_s", {"CPU->GPU": 0.1}, "hw.json: handoff_s names 'CPU->GPU'; write it as FROM>TO with CPU, GPU"),
         ("handoff_s", {"CPU>GPU": -0.1}, "hw.json: handoff_s.CPU>GPU is -0.1, must not be negative"),
         ("contention.0.rate.CPU", 1.2, r"hw.json.contention\[0\]: rate of CPU is 1.2, must be above 0 and at most 1"),
+        (
+            "contention.0.computing",
+            ["H2D"],
+            r"contention\[0\]: computing names \['H2D'\], active names \['CPU', 'H2D'\]",
+        ),
+        (
+            "contention.0.computing",
+            ["GPU"],
+            r"names \['GPU'\], active names .*; expected those of CPU and GPU that are",
+        ),
+        ("contention.0.computing", "CPU", r"hw.json.contention\[0\].computing: expected a list, found 'CPU'"),
+        ("contention.0.computing", ["CPU"], r"hw.json: contention of CPU\+H2D has rates of work that computes only"),
         ("contention.0.rate.GPU", 0.5, r"hw.json.contention\[0\]: rate names \['CPU', 'GPU', 'H2D'\], active names"),
     ],
 )

@@ -41,12 +41,15 @@ PROFILE = HardwareProfile(
     peaks=dict.fromkeys(("CPU", "GPU", "H2D", "D2H"), PEAK),
     curves=(CURVE,),
     handoff_s={"CPU>GPU": 1e-5},
-    contention=(Contention(("CPU", "H2D"), {"CPU": 0.5, "H2D": 0.8}, "measured", SPREAD),),
+    contention=(
+        Contention(("CPU", "H2D"), {"CPU": 0.5, "H2D": 0.8}, "measured", SPREAD),
+        Contention(("CPU", "H2D"), {"CPU": 0.9, "H2D": 0.7}, "measured", SPREAD, ("CPU",)),
+    ),
     sources={"vram_bytes": "datasheet"},
     notes=("A note.",),
     handoff_repeats={"CPU>GPU": Repeats(1e-6, 20)},
 )
-OPTIONAL = {"sources", "notes", "handoff_repeats", "laws", "outliers", "repeats"}
+OPTIONAL = {"sources", "notes", "handoff_repeats", "laws", "outliers", "repeats", "computing"}
 """What may be absent: it came later, or says nothing where it is empty."""
 FREE = {"name", "created", "fingerprint", "notes"}
 """Texts in which anything is allowed."""

@@ -26,7 +26,8 @@ def figure_rows(profile: HardwareProfile) -> list[Row]:
         rows.append(_row("hand-off", label, seconds * 1e6, "µs", source))
     for entry in profile.contention:
         for name, rate in entry.rate.items():
-            label = f"{name} in {'+'.join(entry.active)}{_spread(entry.repeats.get(name), 1.0, '')}"
+            others = "+".join(f"{r} computing" if r in entry.computing else r for r in entry.active)
+            label = f"{name} in {others}{_spread(entry.repeats.get(name), 1.0, '')}"
             rows.append(_row("contention", label, rate, "of alone", entry.source))
     return rows
 

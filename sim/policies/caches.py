@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from hwmodels.errors import PlanError
-from hwmodels.work import copy
+from hwmodels.work import Work, copy
 from sim.memory import memory
 from sim.model import ModelSpec
 from sim.placement import popularity_ranks
@@ -69,23 +69,31 @@ def prompts(problem: Problem, n_slots: int, fetch_share: float = 0.0) -> Iterato
 
 def expert_times(problem: Problem) -> Balance:
     """Seconds of one expert by this machine's profile, for as many tokens as a decode step sends to one."""
-    spec, profile = problem.spec, problem.profile
-    layer = max(range(spec.n_layers), key=lambda i: spec.layers[i].ffn.n_experts)
-    ffn = spec.layers[layer].ffn
-    n_tokens = max(1, round(problem.workload.batch * ffn.top_k / ffn.n_experts))
-    demand = spec.ffn_work(layer, n_tokens, ffn.columns)
-    send = copy(ffn.columns * spec.column_bytes(layer), spec.dtype, pinned=True)
+    spec, profile, demand = problem.spec, problem.profile, _expert_work(problem)
+    layer = _busiest(spec)
+    send = copy(spec.layers[layer].ffn.columns * spec.column_bytes(layer), spec.dtype, pinned=True)
     return Balance(
         gpu_s=profile.time_s("GPU", demand).seconds,
         send_s=profile.time_s("H2D", send).seconds,
         cpu_s=0.0,
-        cpu_token_s=profile.time_s("CPU", demand).seconds / n_tokens,
+        cpu_token_s=profile.time_s("CPU", demand).seconds / demand.n_tokens,
     )
+
+
+def _busiest(spec: ModelSpec) -> int:
+    return max(range(spec.n_layers), key=lambda i: spec.layers[i].ffn.n_experts)
+
+
+def _expert_work(problem: Problem) -> Work:
+    layer = _busiest(problem.spec)
+    ffn = problem.spec.layers[layer].ffn
+    n_tokens = max(1, round(problem.workload.batch * ffn.top_k / ffn.n_experts))
+    return problem.spec.ffn_work(layer, n_tokens, ffn.columns)
 
 
 def fetch_share(problem: Problem) -> float:
     """Share of misses to send so that CPU and link end together, each as fast as beside the other."""
-    times = expert_times(problem)
-    rates = problem.profile.rates(frozenset({"CPU", "H2D"}))
+    times, profile = expert_times(problem), problem.profile
+    rates = profile.rates(frozenset({"CPU", "H2D"}), profile.computing({"CPU": _expert_work(problem)}))
     link, cpu = rates["H2D"] / times.send_s, rates["CPU"] / times.cpu_token_s
     return link / (link + cpu)
