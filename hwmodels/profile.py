@@ -217,6 +217,25 @@ class Contention:
                 raise FormatError(f"rate of {name} is {rate}, must be above 0 and at most 1")
 
 
+@dataclass(frozen=True)
+class Cold:
+    """How much longer what is not an MLP takes after its thread waited for so long, `factor` times.
+
+    Calls of torch and Python that were not made for a while find caches, pages and cores taken by others.
+    """
+
+    waited_s: float
+    factor: float
+    source: Source
+    repeats: Repeats | None = None
+
+    def __post_init__(self) -> None:
+        if self.waited_s <= 0:
+            raise FormatError(f"waited_s is {self.waited_s}, must be above zero")
+        if self.factor < 1:
+            raise FormatError(f"factor is {self.factor}, must be at least 1")
+
+
 _SOURCED = ("vram_bytes", "host_bytes", "cpu_threads", "handoff_s")
 
 
@@ -231,6 +250,7 @@ class HardwareProfile:
     sources      of vram_bytes, host_bytes, cpu_threads and handoff_s, by name; measured where not named
     notes        whose numbers these are and what to know of them, a sentence each
     handoff_repeats  of the medians in handoff_s, by the same names, where they were measured
+    cold         how much longer what is not an MLP takes after a wait, longer and longer waits
     """
 
     name: str
@@ -247,6 +267,7 @@ class HardwareProfile:
     sources: dict[str, Source] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     handoff_repeats: dict[str, Repeats] = field(default_factory=dict)
+    cold: tuple[Cold, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.peaks:
@@ -270,6 +291,9 @@ class HardwareProfile:
         for pair in self.handoff_repeats:
             if pair not in self.handoff_s:
                 raise FormatError(f"handoff_repeats names {pair!r}, which handoff_s lacks")
+        waits = [entry.waited_s for entry in self.cold]
+        if waits != sorted(set(waits)):
+            raise FormatError(f"cold has waits of {waits} s; expected rising ones")
         if self.vram_bytes < 0 or self.host_bytes <= 0 or self.cpu_threads < 1:
             raise FormatError("vram_bytes must not be negative, host_bytes and cpu_threads must be above zero")
 

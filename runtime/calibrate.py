@@ -6,6 +6,7 @@ of the time is used up, and is kept when it is finished, so that an interrupted 
 yardstick  reading and copying large arrays, before and after all others: has the machine's speed changed?
 rest       embedding, attention, head and sampling: a model of the same shapes with random weights and few
            layers, run by the executor with everything on the device, then with everything on the CPU
+waits      how much longer attention takes after waiting for the CPU or for the link
 overlap    hand-offs between resources, small copies and joins, read from an overlapping run
 mlp        MLP parts over width and tokens, on CPU and GPU
 copies     H2D and D2H over sizes, pinned and pageable
@@ -18,7 +19,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +36,7 @@ from hwmodels.profile import RESOURCES, Curve, HardwareProfile, Resource
 from runtime import native
 from runtime.adapter import Adapter
 from runtime.checkpoint import read_config
+from runtime.coldstart import WAITING, measure_cold
 from runtime.devices import device_name, open_device
 from runtime.gpu import gpus
 from runtime.microbench import MicroBench
@@ -107,11 +109,12 @@ class _Job:
         finally:
             device.close()
 
-    def stand_in(self, place: Place, gg_share: float, ahead_share: float) -> StandIn:
+    def stand_in(self, place: Place, gg_share: float, ahead_share: float, overlap: bool = True) -> StandIn:
         """A stand-in model of these shapes."""
         n_ctx = max(self.extent.n_tokens) + max(self.extent.past) + 16
         config = shrunk(self.config, _STAND_IN_BYTES)
-        return StandIn(config, place, gg_share, ahead_share, n_ctx, self.device, self.device_bytes, self.cpu_threads)
+        own = self.device, self.device_bytes, self.cpu_threads, overlap
+        return StandIn(config, place, gg_share, ahead_share, n_ctx, *own)
 
 
 def calibrate(
@@ -154,6 +157,7 @@ def calibrate(
         contention=parts["together"].contention,
         notes=remarks(parts),
         handoff_repeats=parts["overlap"].handoff_repeats,
+        cold=parts["waits"].cold,
     )
 
 
@@ -226,6 +230,12 @@ def _rest(place: Place) -> _Measure:
     return measure
 
 
+def _waits(job: _Job, effort: Effort, tick: Tick) -> Part:
+    with ExitStack() as stack:
+        waiting = [stack.enter_context(built(job.stand_in("GPU", *shares, overlap=False))) for shares in WAITING]
+        return measure_cold(stack.enter_context(built(job.stand_in("GPU", 1.0, 0.0))), waiting, effort, tick)
+
+
 def _overlap(job: _Job, effort: Effort, tick: Tick) -> Part:
     with built(job.stand_in("GPU", 0.25, 0.125)) as model:
         return measure_overlapped(model, job.extent.n_tokens, effort, tick)
@@ -270,6 +280,7 @@ _PARTS: dict[str, tuple[float, _Measure]] = {
     "yardstick": (0.5, _yardstick),
     "rest on the GPU": (8, _rest("GPU")),
     "rest on the CPU": (8, _rest("CPU")),
+    "waits": (3, _waits),
     "overlap": (6, _overlap),
     "mlp": (10, _mlp),
     "copies": (3, _copies),

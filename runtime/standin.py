@@ -39,7 +39,10 @@ _N_DECODE = 8
 
 @dataclass(frozen=True)
 class StandIn:
-    """A stand-in to build: its config, where its attention lives, shares of columns that are GG and sent ahead."""
+    """A stand-in to build: its config, where its attention lives, shares of columns that are GG and sent ahead.
+
+    Without overlap its tasks run one after the other.
+    """
 
     config: Mapping[str, Any]
     place: Place
@@ -49,6 +52,7 @@ class StandIn:
     device: str
     device_bytes: int
     cpu_threads: int | None
+    overlap: bool = True
 
 
 @contextmanager
@@ -56,7 +60,7 @@ def built(stand_in: StandIn) -> Iterator[PlannedModel]:
     """The model with random weights, closed at the end."""
     s = stand_in
     spec = from_config(s.config, "stand-in")
-    plan = uniform_plan(spec, s.place, s.gg_share, s.ahead_share, s.n_ctx, s.device_bytes)
+    plan = uniform_plan(spec, s.place, s.gg_share, s.ahead_share, s.n_ctx, s.device_bytes, s.overlap)
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(s.config, Path(folder), plan, open_device(s.device, s.device_bytes, s.cpu_threads))
     try:

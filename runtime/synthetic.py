@@ -61,7 +61,13 @@ def _bytes(config: Mapping[str, Any]) -> int:
 
 
 def uniform_plan(
-    spec: ModelSpec, place: Place, gg_share: float, ahead_share: float, n_ctx: int, vram_bytes: int
+    spec: ModelSpec,
+    place: Place,
+    gg_share: float,
+    ahead_share: float,
+    n_ctx: int,
+    vram_bytes: int,
+    overlap: bool = True,
 ) -> Plan:
     """A plan that treats all layers alike: shares of every expert's columns that are GG and sent ahead."""
     layers, ahead = [], []
@@ -69,7 +75,7 @@ def uniform_plan(
         gg = round(layer.ffn.columns * gg_share) if place == "GPU" else 0
         layers.append(LayerPartition(place, (gg,) * layer.ffn.n_experts))
         ahead.append(round(layer.ffn.columns * ahead_share) if place == "GPU" else 0)
-    tier = Tier("all", max(n_ctx, 1), True, tuple(ahead), None, 2 if any(ahead) else 0)
+    tier = Tier("all", max(n_ctx, 1), overlap, tuple(ahead), None, 2 if any(ahead) else 0)
     return Plan(
         "calibration", spec.name, spec.id, "", spec.dtype, vram_bytes, n_ctx, 1, True, place, tuple(layers), (tier,)
     )

@@ -19,12 +19,14 @@ class Prices:
     lag_s       per task and dependency: seconds between the dependency's end and the task's earliest start
     evidence    how many costs were measured, interpolated, extrapolated or specified
     computing   per task: does it compute rather than read, where contention tells these apart? Empty: none does
+    cold        (seconds waited, how much longer what is not an MLP takes then), rising
     """
 
     duration_s: list[float]
     lag_s: list[tuple[float, ...]]
     evidence: dict[str, int]
     computing: Sequence[bool] = ()
+    cold: tuple[tuple[float, float], ...] = ()
 
 
 def price(graph: TaskGraph, profile: HardwareProfile) -> Prices:
@@ -43,7 +45,8 @@ def price(graph: TaskGraph, profile: HardwareProfile) -> Prices:
             evidence[cost.evidence] += 1
         durations.append(duration_s)
         computing.append(computing_s > 0 and task.resource in told_apart)
-    return Prices(durations, _lags(graph, profile), evidence, computing)
+    cold = tuple((entry.waited_s, entry.factor) for entry in profile.cold)
+    return Prices(durations, _lags(graph, profile), evidence, computing, cold)
 
 
 def _lags(graph: TaskGraph, profile: HardwareProfile) -> list[tuple[float, ...]]:

@@ -6,6 +6,7 @@ resource is free and every dependency has ended and been handed over; tasks behi
 Resources share DRAM, so tasks in flight slow each other. With a rate table each of them has work left
 and progresses at the rate of the set of resources now active; when the set changes, the work left is
 brought up to date and the end is set anew. Rates also depend on whose work computes and whose reads memory.
+What is not an MLP takes longer after its thread waited: prices.cold says how much.
 
 SimPy is used through callbacks on Timeout, without processes: an event per task, not five.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from simpy import Environment
 from simpy.events import Event
@@ -22,7 +23,7 @@ from simpy.events import Event
 from hwmodels.errors import GraphError
 from hwmodels.profile import RESOURCES
 from sim.cost import Prices
-from sim.graph import TaskGraph
+from sim.graph import REST, TaskGraph
 from sim.timeline import Span, Timeline
 
 Rates = Callable[[frozenset[str], frozenset[str]], Mapping[str, float]]
@@ -159,6 +160,7 @@ class _SharedRun(_Run):
         for i, computes in enumerate(prices.computing):
             if computes:
                 self.bits[i] |= self.bits[i] << len(RESOURCES)
+        self.caller = _Caller(graph, prices)
         self.task = [-1 for _ in RESOURCES]
         self.left_s, self.since_s, self.rate = ([0.0 for _ in RESOURCES] for _ in range(3))
         self.timer: list[Event | None] = [None for _ in RESOURCES]
@@ -177,7 +179,7 @@ class _SharedRun(_Run):
             self.timer[r] = self._after(0.0, i, self._ended)
             return
         self.active |= self.bits[i]
-        self.task[r], self.left_s[r], self.since_s[r] = i, self.duration_s[i], self.env.now
+        self.task[r], self.left_s[r], self.since_s[r] = i, self.caller.begin(i, self.env.now), self.env.now
         self.changed = True
 
     def _ended(self, event: Event) -> None:
@@ -189,6 +191,7 @@ class _SharedRun(_Run):
             self.active &= ~self.bits[i]
             self.rate[r] = 0.0
             self.changed = True
+        self.caller.end(i, self.env.now - self.starts[i], self.env.now)
         super()._ended(event)
         self._retime()
 
@@ -220,3 +223,39 @@ class _SharedRun(_Run):
         rates = [given.get(name, 1.0) if name in names else 0.0 for name in RESOURCES]
         self.known[self.active] = rates
         return rates
+
+
+class _Caller:
+    """The thread that runs what is not an MLP: how long it waited since it last did, working on no MLP part either.
+
+    Between two such tasks it works where the first one of them ran.
+    """
+
+    def __init__(self, graph: TaskGraph, prices: Prices) -> None:
+        self.resource, self.duration_s, self.cold = graph.arrays.resource, prices.duration_s, prices.cold
+        self.is_rest = [task.kind in REST for task in graph]
+        self.at = -1  # resource of the last such task; none ran yet
+        self.since_s = 0.0  # its end, and what its resource worked afterwards
+
+    def begin(self, i: int, now_s: float) -> float:
+        """Seconds of a task that begins now, alone."""
+        if not self.cold or self.at < 0 or not self.is_rest[i]:
+            return self.duration_s[i]
+        return self.duration_s[i] * factor(self.cold, now_s - self.since_s)
+
+    def end(self, i: int, took_s: float, now_s: float) -> None:
+        """A task has ended."""
+        if self.is_rest[i]:
+            self.at, self.since_s = self.resource[i], now_s
+        elif self.resource[i] == self.at:
+            self.since_s += took_s
+
+
+def factor(cold: Sequence[tuple[float, float]], waited_s: float) -> float:
+    """How much longer a task takes after a wait: 1 after none, linear between known waits, held beyond the last."""
+    before_s, before = 0.0, 1.0
+    for known_s, known in cold:
+        if waited_s < known_s:
+            return before + (known - before) * (waited_s - before_s) / (known_s - before_s)
+        before_s, before = known_s, known
+    return before

@@ -38,6 +38,9 @@ join                        sum of partial results on the device
 hidden_d2h, hidden_h2d      hidden states between a layer on the device and one on the CPU
 """
 
+REST: frozenset[Kind] = frozenset(("embed", "attn", "head", "sample"))
+"""What is not an MLP: small calls of torch and Python, one after the other on one thread."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

@@ -2,8 +2,8 @@
 
 1.  Every candidate's time without contention is computed exactly, thousands at once (sim.steptime): steps of
     decode and of the prompt share the placement only, so their times are added, not searched together.
-2.  Contention only stretches tasks, and every queue keeps its order, so that no end comes earlier: the time
-    without contention is a lower bound of the time with it.
+2.  Contention and cold starts only stretch tasks, and every queue keeps its order, so that no end comes earlier:
+    the time without them is a lower bound of the time with them.
 3.  Candidates are simulated by the reference engine, the most promising first, until `most_simulated`; those
     whose bound is not below the best simulated time are pruned. The rest is left: if there is none, the plan is
     proven the best of the candidates, else the least bound of those left says how much better one could be.

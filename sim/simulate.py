@@ -35,7 +35,8 @@ def simulate(
     """Simulated timeline of a workload; each step starts where the one before it ended.
 
     routing is replayed where it was recorded, and sampled by the workload's seed and skew elsewhere.
-    every_step False simulates the prompt and a few decode steps only (`representative`).
+    contention False leaves cold starts out, too. every_step False simulates the prompt and a few decode steps
+    only (`representative`).
     Raises PlanError if the plan is for another model, FormatError if the trace is of another model.
     """
     check_plan(plan, spec)

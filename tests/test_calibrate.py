@@ -27,12 +27,14 @@ from hwmodels.calibrate import (
     with_best_laws,
 )
 from hwmodels.load import LoadMeter
-from hwmodels.profile import Contention, Curve, HardwareProfile, Repeats, Sample, load_profile
+from hwmodels.profile import Cold, Contention, Curve, HardwareProfile, Repeats, Sample, load_profile
 from hwmodels.work import Work
 from runtime import calibrate as calibration
 from runtime import rounds
 from runtime.calibrate import SMOKE, calibrate
+from runtime.coldstart import attention
 from runtime.rounds import Effort, in_rounds
+from sim.timeline import Span, Timeline
 from tests.tiny import write_tiny
 
 WORK = work.ffn(1, 4, 8, "float32")
@@ -290,6 +292,8 @@ class Fake:
             tick(0.5)
             if name == "together":
                 return Part(contention=(Contention(("CPU", "H2D"), {"CPU": 0.5, "H2D": 1.0}, "measured"),))
+            if name == "waits":
+                return Part(cold=(Cold(0.002, 1.25, "measured"),))
             if name == "overlap":
                 return handoffs({"CPU>H2D": [1.0]})
             return Part((curve({1: 1.0, 2: 2.0}),)) if name.startswith("rest") else Part()
@@ -315,8 +319,9 @@ def test_an_interrupted_calibration_goes_on_where_it_was(cache, monkeypatch, cap
     names = [name for name in calibration._PARTS if name != "variants"]
     assert before == names[: names.index("mlp") + 1]
     assert fake.ran[len(before) :] == names[names.index("mlp") :]
-    assert "going on: 4 of 8 parts were measured within the last hour" in capsys.readouterr().err
+    assert "going on: 5 of 9 parts were measured within the last hour" in capsys.readouterr().err
     assert (profile.handoff_s, profile.contention[0].rate["CPU"]) == ({"CPU>H2D": 1.0}, 0.5)
+    assert profile.cold == (Cold(0.002, 1.25, "measured"),)
 
 
 def test_a_finished_calibration_leaves_nothing_to_go_on_from(cache, monkeypatch):
@@ -324,7 +329,7 @@ def test_a_finished_calibration_leaves_nothing_to_go_on_from(cache, monkeypatch)
     fake = faked(monkeypatch)
     calibrate(None, "emulated", quick=True, progress=False)
     calibrate(None, "emulated", quick=True, progress=False)
-    assert len(fake.ran) == 2 * 8
+    assert len(fake.ran) == 2 * 9
 
 
 def test_another_extent_does_not_go_on_from_this_one(cache, monkeypatch):
@@ -372,3 +377,14 @@ def test_a_yardstick_that_moved_is_a_remark():
     (found,) = remarks({"before": yardstick(30.0), "after": yardstick(20.0)})
     assert "stream_read on the CPU ran at 30.0 and 20.0 GB/s, before and after" in found
     assert remarks({"before": yardstick(30.0), "after": yardstick(28.0)}) == ()
+
+
+# -- cold starts --------------------------------------------------------------------------------------
+
+
+def test_a_wait_is_what_the_device_did_not_compute_between_attentions():
+    # GPU: |a0||gg|   |cg||a1|      1 to 6 between them, of which 3 were computed
+    ran = (("attn", 0, 0, 1), ("gg", 0, 1, 3), ("cg", 0, 5, 6), ("attn", 1, 6, 8))
+    spans = [Span(f"{k}{la}", k, "GPU", "prefill", la, s, e, 0.0, 0.0) for k, la, s, e in ran]
+    spans.append(Span("cc", "cc", "CPU", "prefill", 0, 1, 5, 0.0, 0.0))
+    assert attention(Timeline("measured", tuple(spans), {})) == {1: (2.0, 2.0)}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwmodels.errors import GraphError, ProfileError
-from hwmodels.profile import COMPUTERS, RESOURCES, Contention
+from hwmodels.profile import COMPUTERS, RESOURCES, Contention, Resource
 from hwmodels.work import Work
 from sim.cost import Prices, price
 from sim.engine import Rates, execute, schedule
@@ -200,6 +200,48 @@ def test_computing_of_other_tasks_is_refused() -> None:
 def test_a_rate_that_stops_or_reverses_work_is_refused(bad: float) -> None:
     with pytest.raises(GraphError, match="CPU runs at a rate of"):
         schedule(*unit_graph(task("c", CPU, 1)), lambda active, computing: dict.fromkeys(active, bad))
+
+
+# -- cold starts --------------------------------------------------------------------------------------
+
+COLD = ((2.0, 1.5), (4.0, 2.0))
+
+
+def cold_run(*tasks: Task) -> list[float]:
+    """Ends with cold starts and nothing else that slows."""
+    made, prices = unit_graph(*tasks)
+    return schedule(made, replace(prices, cold=COLD), UNIT.rates)[1]
+
+
+def attention(name: str, resource: Resource, flops: float, *deps: str) -> Task:
+    return replace(task(name, resource, flops, *deps), kind="attn")
+
+
+@pytest.mark.parametrize(("waits_s", "takes_s"), [(0, 1.0), (1, 1.25), (2, 1.5), (3, 1.75), (4, 2.0), (9, 2.0)])
+def test_attention_takes_longer_the_longer_its_thread_waited(waits_s: float, takes_s: float) -> None:
+    # GPU: |a0|         |-a1-|      |a1| if it need not wait
+    # CPU:     |---c---|
+    ends = cold_run(attention("a0", GPU, 1), task("c", CPU, waits_s, "a0"), attention("a1", GPU, 1, "c"))
+    assert ends[-1] == 1 + waits_s + takes_s
+
+
+def test_computing_an_mlp_part_is_no_wait_on_the_resource_where_attention_ran() -> None:
+    # GPU: |a0||-g-|    |a1|        the wait is 2 of 5
+    # CPU:     |---c---|
+    ends = cold_run(
+        attention("a0", GPU, 1), task("g", GPU, 3, "a0"), task("c", CPU, 5, "a0"), attention("a1", GPU, 2, "g", "c")
+    )
+    assert ends[-1] == 6 + 3
+    # CPU: |a0||-c-|                its thread came straight from the CPU's layer
+    # GPU:          |a1|
+    assert cold_run(attention("a0", CPU, 1), task("c", CPU, 5, "a0"), attention("a1", GPU, 2, "c"))[-1] == 8
+
+
+def test_mlp_parts_start_as_they_are_and_so_does_everything_without_contention() -> None:
+    tasks = attention("a0", GPU, 1), task("c", CPU, 4, "a0"), task("g", GPU, 1, "c"), attention("a1", GPU, 1, "g")
+    assert cold_run(*tasks)[:3] == [1, 5, 6]
+    made, prices = unit_graph(*tasks)
+    assert schedule(made, replace(prices, cold=COLD))[1] == [1, 5, 6, 7]
 
 
 # -- laws, on random graphs ---------------------------------------------------------------------------

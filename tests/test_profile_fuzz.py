@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hwmodels import work
 from hwmodels.errors import FormatError, ScheInferError
-from hwmodels.profile import Contention, Curve, HardwareProfile, Peak, Repeats, Sample, load_profile
+from hwmodels.profile import Cold, Contention, Curve, HardwareProfile, Peak, Repeats, Sample, load_profile
 from hwmodels.schema import to_json
 from runtime.cli.entry import main
 
@@ -48,8 +48,9 @@ PROFILE = HardwareProfile(
     sources={"vram_bytes": "datasheet"},
     notes=("A note.",),
     handoff_repeats={"CPU>GPU": Repeats(1e-6, 20)},
+    cold=(Cold(1e-3, 1.5, "measured", Repeats(0.5, 9)),),
 )
-OPTIONAL = {"sources", "notes", "handoff_repeats", "laws", "outliers", "repeats", "computing"}
+OPTIONAL = {"sources", "notes", "handoff_repeats", "laws", "outliers", "repeats", "computing", "cold"}
 """What may be absent: it came later, or says nothing where it is empty."""
 FREE = {"name", "created", "fingerprint", "notes"}
 """Texts in which anything is allowed."""

@@ -15,7 +15,7 @@ LIST_COLUMNS = (key("name"), key("kind"), key("device"), key("cpu"), key("gpu"),
 
 
 def figure_rows(profile: HardwareProfile) -> list[Row]:
-    """Capacities, peaks, curves, hand-offs and contention of a profile, a row each."""
+    """Capacities, peaks, curves, hand-offs, contention and cold starts of a profile, a row each."""
     rows = [*_capacities(profile)]
     for resource, peak in profile.peaks.items():
         rows += _peaks(resource, peak)
@@ -29,6 +29,9 @@ def figure_rows(profile: HardwareProfile) -> list[Row]:
             others = "+".join(f"{r} computing" if r in entry.computing else r for r in entry.active)
             label = f"{name} in {others}{_spread(entry.repeats.get(name), 1.0, '')}"
             rows.append(_row("contention", label, rate, "of alone", entry.source))
+    for cold in profile.cold:
+        label = f"no MLP's, after waiting {format_number(cold.waited_s * 1e3)} ms{_spread(cold.repeats, 1.0, '')}"
+        rows.append(_row("cold start", label, cold.factor, "of warm", cold.source))
     return rows
 
 

@@ -1,0 +1,69 @@
+"""How much longer attention takes after its thread waited: read from passes of stand-ins that wait for CPU and link.
+
+In a plan that keeps all columns on the device, the thread that runs attention never rests, and what it calls stays
+in its caches. Where it waits for a result of the CPU, or for weights on the link, others take these meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from time import perf_counter
+
+from hwmodels.calibrate import Part, repeats
+from hwmodels.profile import Cold
+from runtime.rounds import Effort, Tick
+from runtime.session import PlannedModel
+from runtime.standin import forward
+from sim.graph import REST
+from sim.timeline import Timeline
+
+WAITING = ((0.0, 0.0), (0.75, 0.25), (0.0, 1.0))
+"""Shares of columns that are GG and sent ahead in the stand-ins that wait; the CPU computes what is left."""
+_Found = list[tuple[float, float]]
+
+
+def measure_cold(busy: PlannedModel, waiting: Sequence[PlannedModel], effort: Effort, tick: Tick) -> Part:
+    """Waits and factors of every model that waits, its decode passes taking turns with those of one that does not.
+
+    A round gives each model's median over layers of the wait and of the time relative to the same layer's in the busy
+    model; the profile gets medians over rounds.
+    """
+    found: list[_Found] = [[] for _ in waiting]
+    forward(busy, 1, 0)
+    for model in waiting:
+        forward(model, 1, 0)
+    began_s = perf_counter()
+    for number in range(effort.most):
+        share = (perf_counter() - began_s) / effort.seconds
+        if number >= effort.least and share >= 1:
+            break
+        warm_s = attention(forward(busy, 1, 0))
+        for rows, model in zip(found, waiting, strict=True):
+            cold = attention(forward(model, 1, 0))
+            factors = [seconds / warm_s[layer][1] for layer, (_, seconds) in cold.items()]
+            rows.append((median(waited_s for waited_s, _ in cold.values()), median(factors)))
+        tick(min(1.0, share))
+    return Part(cold=tuple(sorted(map(_entry, found), key=lambda entry: entry.waited_s)))
+
+
+def attention(timeline: Timeline) -> dict[int, tuple[float, float]]:
+    """Wait before it, and seconds, of attention in every layer but the first; all on the device.
+
+    A wait is what lies between it and the last task that is no MLP's, less the MLP parts that the device computed.
+    """
+    found: dict[int, tuple[float, float]] = {}
+    since_s: float | None = None
+    for span in sorted((s for s in timeline.spans if s.resource == "GPU"), key=lambda s: s.start_s):
+        if span.kind == "attn" and span.layer > 0 and since_s is not None:
+            found[span.layer] = max(0.0, span.start_s - since_s), span.duration_s
+        if span.kind in REST:
+            since_s = span.end_s
+        elif since_s is not None:
+            since_s += span.duration_s
+    return found
+
+
+def _entry(rows: _Found) -> Cold:
+    waits_s, factors = zip(*rows, strict=True)
+    return Cold(median(waits_s), max(1.0, median(factors)), "measured", repeats(factors))
