@@ -160,7 +160,7 @@ class _SharedRun(_Run):
         for i, computes in enumerate(prices.computing):
             if computes:
                 self.bits[i] |= self.bits[i] << len(RESOURCES)
-        self.caller = _Caller(graph, prices)
+        self.caller = _Caller(graph, prices) if prices.cold else None
         self.task = [-1 for _ in RESOURCES]
         self.left_s, self.since_s, self.rate = ([0.0 for _ in RESOURCES] for _ in range(3))
         self.timer: list[Event | None] = [None for _ in RESOURCES]
@@ -179,7 +179,8 @@ class _SharedRun(_Run):
             self.timer[r] = self._after(0.0, i, self._ended)
             return
         self.active |= self.bits[i]
-        self.task[r], self.left_s[r], self.since_s[r] = i, self.caller.begin(i, self.env.now), self.env.now
+        seconds = self.duration_s[i] if self.caller is None else self.caller.begin(i, self.env.now)
+        self.task[r], self.left_s[r], self.since_s[r] = i, seconds, self.env.now
         self.changed = True
 
     def _ended(self, event: Event) -> None:
@@ -191,7 +192,8 @@ class _SharedRun(_Run):
             self.active &= ~self.bits[i]
             self.rate[r] = 0.0
             self.changed = True
-        self.caller.end(i, self.env.now - self.starts[i], self.env.now)
+        if self.caller is not None:
+            self.caller.end(i, self.env.now - self.starts[i], self.env.now)
         super()._ended(event)
         self._retime()
 
@@ -239,7 +241,7 @@ class _Caller:
 
     def begin(self, i: int, now_s: float) -> float:
         """Seconds of a task that begins now, alone."""
-        if not self.cold or self.at < 0 or not self.is_rest[i]:
+        if self.at < 0 or not self.is_rest[i]:
             return self.duration_s[i]
         return self.duration_s[i] * factor(self.cold, now_s - self.since_s)
 
