@@ -11,18 +11,18 @@ from typing import Any, Literal
 from hwmodels.errors import FormatError, ProfileError
 from hwmodels.interpolate import LINEAR, Grid, Laws
 from hwmodels.schema import check_header, digest, from_json, read_json, to_json, write_json
+from hwmodels.slowing import COMPUTERS as COMPUTERS
+from hwmodels.slowing import RESOURCES as RESOURCES
+from hwmodels.slowing import Cold as Cold
+from hwmodels.slowing import Contention as Contention
+from hwmodels.slowing import Repeats as Repeats
+from hwmodels.slowing import Resource as Resource
+from hwmodels.slowing import Source as Source
 from hwmodels.work import DTYPE_BYTES, Op, Work
 
 SCHEMA = "scheinfer.hardware"
 VERSION = 1
 
-Resource = Literal["CPU", "GPU", "H2D", "D2H"]
-RESOURCES: tuple[Resource, ...] = ("CPU", "GPU", "H2D", "D2H")
-COMPUTERS: tuple[Resource, ...] = ("CPU", "GPU")
-"""Resources whose work may compute or read; the others copy."""
-Source = Literal["measured", "published", "datasheet", "estimated"]
-"""Where a number comes from: measured by calibration on this machine, measured and published by others on one
-like it, taken from a specification, or a considered guess."""
 Evidence = Literal["measured", "interpolated", "extrapolated", "specified"]
 
 AXES: dict[Op, tuple[str, str]] = {
@@ -55,18 +55,6 @@ class Cost:
     seconds: float
     evidence: Evidence
     computing_s: float
-
-
-@dataclass(frozen=True)
-class Repeats:
-    """How often a number was measured, and p90 - p10 of what was found, in the number's own unit."""
-
-    spread: float
-    count: int
-
-    def __post_init__(self) -> None:
-        if self.spread < 0 or self.count < 1:
-            raise FormatError(f"spread is {self.spread}, count {self.count}; expected at least 0 and at least 1")
 
 
 @dataclass(frozen=True)
@@ -188,52 +176,6 @@ class Peak:
             known = ", ".join(self.flops_per_s) or "none"
             raise ProfileError(f"the profile has no FLOP/s of {dtype}, it has {known}; calibrate with --dtype {dtype}")
         return max(flops / self.flops_per_s[dtype], memory_s)
-
-
-@dataclass(frozen=True)
-class Contention:
-    """Rates, relative to running alone, of the resources that are active together.
-
-    repeats    says of each rate how it was measured, where it was
-    computing  those of CPU and GPU whose work computes (Cost.computing_s); the others read
-    """
-
-    active: tuple[Resource, ...]
-    rate: dict[str, float]
-    source: Source
-    repeats: dict[str, Repeats] = field(default_factory=dict)
-    computing: tuple[Resource, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not set(self.computing) <= set(COMPUTERS) & set(self.active):
-            found = f"computing names {sorted(self.computing)}, active names {sorted(self.active)}"
-            raise FormatError(f"{found}; expected those of {' and '.join(COMPUTERS)} that are active")
-        if self.repeats and set(self.repeats) != set(self.active):
-            raise FormatError(f"repeats names {sorted(self.repeats)}, active names {sorted(self.active)}; expected all")
-        if set(self.rate) != set(self.active):
-            raise FormatError(f"rate names {sorted(self.rate)}, active names {sorted(self.active)}; they must agree")
-        for name, rate in self.rate.items():
-            if not 0 < rate <= 1:
-                raise FormatError(f"rate of {name} is {rate}, must be above 0 and at most 1")
-
-
-@dataclass(frozen=True)
-class Cold:
-    """How much longer what is not an MLP takes after its thread waited for so long, `factor` times.
-
-    Calls of torch and Python that were not made for a while find caches, pages and cores taken by others.
-    """
-
-    waited_s: float
-    factor: float
-    source: Source
-    repeats: Repeats | None = None
-
-    def __post_init__(self) -> None:
-        if self.waited_s <= 0:
-            raise FormatError(f"waited_s is {self.waited_s}, must be above zero")
-        if self.factor < 1:
-            raise FormatError(f"factor is {self.factor}, must be at least 1")
 
 
 _SOURCED = ("vram_bytes", "host_bytes", "cpu_threads", "handoff_s")

@@ -1,0 +1,74 @@
+"""What slows work beside its own size: others at work at the same time, and cold caches after a wait."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hwmodels.errors import FormatError
+
+Resource = Literal["CPU", "GPU", "H2D", "D2H"]
+RESOURCES: tuple[Resource, ...] = ("CPU", "GPU", "H2D", "D2H")
+COMPUTERS: tuple[Resource, ...] = ("CPU", "GPU")
+"""Resources whose work may compute or read; the others copy."""
+Source = Literal["measured", "published", "datasheet", "estimated"]
+"""Where a number comes from: measured by calibration on this machine, measured and published by others on one
+like it, taken from a specification, or a considered guess."""
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """How often a number was measured, and p90 - p10 of what was found, in the number's own unit."""
+
+    spread: float
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.spread < 0 or self.count < 1:
+            raise FormatError(f"spread is {self.spread}, count {self.count}; expected at least 0 and at least 1")
+
+
+@dataclass(frozen=True)
+class Contention:
+    """Rates, relative to running alone, of the resources that are active together.
+
+    repeats    says of each rate how it was measured, where it was
+    computing  those of CPU and GPU whose work computes (Cost.computing_s); the others read
+    """
+
+    active: tuple[Resource, ...]
+    rate: dict[str, float]
+    source: Source
+    repeats: dict[str, Repeats] = field(default_factory=dict)
+    computing: tuple[Resource, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not set(self.computing) <= set(COMPUTERS) & set(self.active):
+            found = f"computing names {sorted(self.computing)}, active names {sorted(self.active)}"
+            raise FormatError(f"{found}; expected those of {' and '.join(COMPUTERS)} that are active")
+        if self.repeats and set(self.repeats) != set(self.active):
+            raise FormatError(f"repeats names {sorted(self.repeats)}, active names {sorted(self.active)}; expected all")
+        if set(self.rate) != set(self.active):
+            raise FormatError(f"rate names {sorted(self.rate)}, active names {sorted(self.active)}; they must agree")
+        for name, rate in self.rate.items():
+            if not 0 < rate <= 1:
+                raise FormatError(f"rate of {name} is {rate}, must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Cold:
+    """How much longer what is not an MLP takes after its thread waited for so long, `factor` times.
+
+    Calls of torch and Python that were not made for a while find caches, pages and cores taken by others.
+    """
+
+    waited_s: float
+    factor: float
+    source: Source
+    repeats: Repeats | None = None
+
+    def __post_init__(self) -> None:
+        if self.waited_s <= 0:
+            raise FormatError(f"waited_s is {self.waited_s}, must be above zero")
+        if self.factor < 1:
+            raise FormatError(f"factor is {self.factor}, must be at least 1")
