@@ -13,7 +13,7 @@ from hwmodels.profile import HardwareProfile
 from runtime.measure import measure, median_run
 from runtime.session import PlannedModel, load_planned
 from runtime.validate import prompt_ids
-from sim.bounds import bound
+from sim.limit import kind_of, limit_of
 from sim.model import ModelSpec
 from sim.plan import Plan
 from sim.rows import Row, measured_row, prediction_keys
@@ -88,7 +88,7 @@ def _measured(target: Target, model: PlannedModel, workload: Workload, repetitio
     runs = measure(model, ids, workload.n_gen, repetitions, n_depth=workload.n_depth)
     shown = median_run(runs)
     replay = simulate(spec, plan, profile, workload, shown.routing)
-    limit = bound(spec, profile, plan.vram_budget_bytes, workload, plan.cache is not None, plan.chunk_tokens)
+    limit = limit_of(spec, profile, plan.vram_budget_bytes, workload, kind_of(plan))
     timelines = [run.timeline for run in runs]
     return {
         **measured_row(spec, plan, workload, timelines, shown.timeline, model.executor.device.kind),

@@ -139,7 +139,7 @@ def load_planned(
     host_bytes: int | None = None,
     progress: bool = False,
 ) -> PlannedModel:
-    """Load a checkpoint folder by a plan.
+    """Load a checkpoint folder by a plan, on at most cpu_threads CPU threads and at most the plan's.
 
     Everything that can be known beforehand is checked before a weight is read: the plan against the
     model, its memory against the budget, the checkpoint's headers. Raises PlanError, ModelError or
@@ -152,7 +152,7 @@ def load_planned(
     check_plan(plan, spec)
     check_memory(spec, plan, host_bytes)
     with Checkpoint.open(folder) as checkpoint:
-        opened = open_device(device, plan.vram_budget_bytes, cpu_threads)
+        opened = open_device(device, plan.vram_budget_bytes, _fewest(cpu_threads, plan.cpu_threads))
         what = f"load {spec.name}"
         bar = tqdm(total=spec.weight_bytes, unit="B", unit_scale=True, desc=what, disable=not progress, leave=False)
 
@@ -162,6 +162,10 @@ def load_planned(
 
         with bar:
             return assemble(folder, spec, plan, opened, fill)
+
+
+def _fewest(*n_threads: int | None) -> int | None:
+    return min((n for n in n_threads if n is not None), default=None)
 
 
 Fill = Callable[[PreTrainedModel, WeightStore], None]

@@ -32,9 +32,10 @@ from runtime.calibrate import yardstick
 from runtime.choice import choice, predicted_s
 from runtime.measure import Measured, measure, median_run
 from runtime.session import load_planned
-from sim.bounds import Bound, bound
+from sim.bounds import Bound
 from sim.candidates import runner_ups
 from sim.compare import compare
+from sim.limit import kind_of, limit_of
 from sim.memory import memory
 from sim.model import ModelSpec, load_model
 from sim.plan import Plan
@@ -147,9 +148,9 @@ def _validate_model(
             runs.append(_run(folder, spec, plan, profile, workload, prompt, job, streamer))
             bar.update()
     made = choice(plans, [run.total_s for run in runs], workload)
-    limits = {kind: bound(spec, profile, budget, workload, *kind) for kind in set(map(_kind, plans))}
+    limits = {kind: limit_of(spec, profile, budget, workload, kind) for kind in set(map(kind_of, plans))}
     rows = [
-        _row(spec, run, workload, limits[_kind(run.plan)]) | {"predicted_rank": rank, "kept": i == made.kept}
+        _row(spec, run, workload, limits[kind_of(run.plan)]) | {"predicted_rank": rank, "kept": i == made.kept}
         for i, (run, rank) in enumerate(zip(runs, made.ranks, strict=True))
     ]
     rows = sorted(rows, key=_by_speed) + refused
@@ -232,11 +233,6 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer
-
-
-def _kind(plan: Plan) -> tuple[bool, int | None]:
-    """What a bound depends on beside the workload."""
-    return plan.cache is not None, plan.chunk_tokens
 
 
 def prompt_ids(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase | None, n_prompt: int) -> list[int]:

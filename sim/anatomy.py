@@ -17,6 +17,7 @@ import pandas as pd
 
 from hwmodels.errors import FormatError
 from hwmodels.profile import HardwareProfile
+from hwmodels.threads import with_threads
 from sim.caching import CacheWalk
 from sim.compile import compile_step
 from sim.cost import price
@@ -48,14 +49,14 @@ def anatomy(
     """
     check_plan(plan, spec)
     where = routing_of(spec, workload, routing)
-    steps = workload.steps(plan.chunk_tokens)
+    steps, machine = workload.steps(plan.chunk_tokens), with_threads(profile, plan.cpu_threads)
     walk = CacheWalk(spec, plan, steps, where, routing.cached if routing is not None else None)
     wall_s = measured.step_s
     rows = []
     for step in steps:
         if step.name in wall_s:
             graph = compile_step(spec, plan, step, where, walk.before(step))
-            found = _causes(graph, profile, _durations(graph, measured.step(step.name)), wall_s[step.name])
+            found = _causes(graph, machine, _durations(graph, measured.step(step.name)), wall_s[step.name])
             rows.append({"step": step.name, **found})
     if not rows:
         raise FormatError(f"the measured timeline has none of the {len(steps)} steps of the workload")
@@ -85,9 +86,9 @@ def _durations(graph: TaskGraph, measured: Timeline) -> list[float]:
     return [spans[task.id] for task in graph]
 
 
-def _causes(graph: TaskGraph, profile: HardwareProfile, measured_s: Sequence[float], wall_s: float) -> dict[str, float]:
-    prices = price(graph, profile)
-    starts, ends = schedule(graph, prices, profile.rates)
+def _causes(graph: TaskGraph, machine: HardwareProfile, measured_s: Sequence[float], wall_s: float) -> dict[str, float]:
+    prices = price(graph, machine)
+    starts, ends = schedule(graph, prices, machine.rates)
     shared_s = [end - start for start, end in zip(starts, ends, strict=True)]
 
     def wall(duration_s: Sequence[float]) -> float:

@@ -44,6 +44,8 @@ def llama_cpp(plan: Plan, spec: ModelSpec) -> str:
     prompt = plan.tiers[-1]
     if host and prompt.stream_min_tokens is None and not any(prompt.ahead):
         flags.append("--no-op-offload")
+    if plan.cpu_threads is not None:
+        flags += ["-t", str(plan.cpu_threads)]
     if plan.chunk_tokens is not None:
         size = str(plan.step_tokens * plan.batch)
         flags += ["-b", size, "-ub", size]

@@ -128,6 +128,7 @@ class Plan:
     """All decisions for one model on one machine under one budget.
 
     chunk_tokens    a prompt is fed in steps of so many tokens of each sequence; None: in one step
+    cpu_threads     threads that compute host columns; None: as many as the machine was measured with
     """
 
     policy: str
@@ -145,13 +146,15 @@ class Plan:
     prediction: Prediction | None = None
     cache: ExpertCache | None = None
     chunk_tokens: int | None = None
+    cpu_threads: int | None = None
 
     @cached_property
     def id(self) -> str:
         """Twelve hex digits of the decisions; the prediction does not count."""
         decided = to_json(replace(self, prediction=None, profile_id=""))
         # plans from before these fields existed keep their ids
-        for where, name in ((decided, "chunk_tokens"), *((tier, "offload") for tier in decided["tiers"])):
+        later = [(decided, "chunk_tokens"), (decided, "cpu_threads"), *((tier, "offload") for tier in decided["tiers"])]
+        for where, name in later:
             if not where[name]:
                 del where[name]
         return digest(decided)
@@ -159,7 +162,7 @@ class Plan:
     @property
     def decisions(self) -> Hashable:
         """What tells apart plans that are made for one problem; much cheaper than `id`."""
-        return self.layers, self.tiers, self.ends, self.pinned, self.cache, self.chunk_tokens
+        return self.layers, self.tiers, self.ends, self.pinned, self.cache, self.chunk_tokens, self.cpu_threads
 
     @property
     def step_tokens(self) -> int:
@@ -221,6 +224,8 @@ def _check_alone(plan: Plan, where: str) -> None:
         _check_fetching(plan, tier, f"{where}.tiers[{i}]")
     if plan.chunk_tokens is not None and plan.chunk_tokens < 1:
         raise FormatError(f"{where}.chunk_tokens: is {plan.chunk_tokens}; expected at least 1, or null for no chunks")
+    if plan.cpu_threads is not None and plan.cpu_threads < 1:
+        raise FormatError(f"{where}.cpu_threads: is {plan.cpu_threads}; expected at least 1, or null for the machine's")
     if plan.cache is not None:
         _check_cache(plan.cache, f"{where}.cache")
 

@@ -9,8 +9,9 @@ from hwmodels.errors import PlanError
 from hwmodels.profile import HardwareProfile
 from hwmodels.units import format_bytes, format_seconds
 from hwmodels.work import copy
-from sim.bounds import Bound, bound
+from sim.bounds import Bound
 from sim.compile import compile_step
+from sim.limit import kind_of, limit_of
 from sim.memory import memory
 from sim.model import ModelSpec
 from sim.pins import Pin, pins_of
@@ -90,7 +91,7 @@ def rank(
 
 def explain(spec: ModelSpec, profile: HardwareProfile, plan: Plan, workload: Workload) -> str:
     """What a plan keeps where, who computes what, how fast that is, what limits it and why; plain text."""
-    limit = bound(spec, profile, plan.vram_budget_bytes, workload, plan.cache is not None, plan.chunk_tokens)
+    limit = limit_of(spec, profile, plan.vram_budget_bytes, workload, kind_of(plan))
     timeline = simulate(spec, plan, profile, workload, every_step=False)
     parts = (
         _memory_words(spec, plan),
@@ -128,6 +129,10 @@ def _list(sizes: dict[str, int]) -> str:
 
 def _share_words(spec: ModelSpec, plan: Plan, workload: Workload) -> list[str]:
     lines = ["Who computes the MLPs (share of their arithmetic)"]
+    if plan.cpu_threads is not None:
+        lines.append(
+            f"  the CPU computes with {plan.cpu_threads} threads, fewer than it was measured with: that is faster"
+        )
     prompt = workload.prompt_steps(plan.chunk_tokens)
     if len(prompt) > 1:
         lines.append(f"  the prompt is fed in {len(prompt)} chunks of at most {plan.chunk_tokens} tokens per sequence")

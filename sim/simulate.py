@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from hwmodels.errors import FormatError
 from hwmodels.profile import HardwareProfile
+from hwmodels.threads import with_threads
 from hwmodels.work import copy
 from sim.caching import NO_USE, CacheState, CacheWalk
 from sim.compile import compile_step, dispatch
@@ -40,6 +41,7 @@ def simulate(
     Raises PlanError if the plan is for another model, FormatError if the trace is of another model.
     """
     check_plan(plan, spec)
+    machine = with_threads(profile, plan.cpu_threads)
     where = routing_of(spec, workload, routing)
     evidence: Counter[str] = Counter(dict.fromkeys(EVIDENCE, 0))
     all_spans: list[Span] = []
@@ -48,9 +50,9 @@ def simulate(
     walk = _walk(spec, plan, workload, where, routing)
     for step in steps:
         graph = compile_step(spec, plan, step, where, walk.before(step))
-        prices = price(graph, profile)
+        prices = price(graph, machine)
         evidence.update(prices.evidence)
-        starts, ends = schedule(graph, prices, profile.rates if contention else None, now_s)
+        starts, ends = schedule(graph, prices, machine.rates if contention else None, now_s)
         all_spans += spans(graph, starts, ends)
         now_s = max(ends)
     info = {
@@ -87,6 +89,7 @@ def forecast(
     0.4 %, the worst 2.3 % (64 sequences, where sending starts at a token count that many experts straddle).
     """
     check_plan(plan, spec)
+    profile = with_threads(profile, plan.cpu_threads)
     where = routing_of(spec, workload, routing)
     rates = profile.rates if contention else None
     prompt, decode = counted_chunks(workload, plan.chunk_tokens), representative(workload, None, n_decode)[1:]

@@ -25,7 +25,8 @@ from hwmodels.provenance import provenance
 from hwmodels.schema import digest
 from hwmodels.units import format_bytes
 from sim import planner, shards
-from sim.bounds import Bound, bound
+from sim.bounds import Bound
+from sim.limit import Kind, kind_of, limit_of
 from sim.model import ModelSpec
 from sim.plan import Plan
 from sim.policies import known_policies
@@ -129,16 +130,15 @@ def _simulated(point: Point) -> Row:
     return simulated_row(spec, plan, profile, workload, simulate(spec, plan, profile, workload), _bound(point, plan))
 
 
-_BOUNDS: dict[tuple[str, str, int, Workload, bool, int | None], Bound] = {}
+_BOUNDS: dict[tuple[str, str, int, Workload, Kind], Bound] = {}
 
 
 def _bound(point: Point, plan: Plan) -> Bound:
-    """Policies share a bound, those with an expert cache or with chunks another: a worker remembers them."""
+    """Policies share a bound, those with a cache, chunks or threads of their own another: a worker remembers them."""
     spec, profile, budget, workload = point.spec, point.profile, point.vram_budget_bytes, point.workload
-    cached, chunk = plan.cache is not None, plan.chunk_tokens
-    key = (spec.id, profile.id, budget, workload, cached, chunk)
+    key = (spec.id, profile.id, budget, workload, kind_of(plan))
     if key not in _BOUNDS:
-        _BOUNDS[key] = bound(spec, profile, budget, workload, cached, chunk)
+        _BOUNDS[key] = limit_of(spec, profile, budget, workload, kind_of(plan))
     return _BOUNDS[key]
 
 

@@ -18,11 +18,11 @@ from runtime.cli.result_columns import ERROR_COLUMNS, SIMULATED_COLUMNS
 from runtime.cli.table import Row, markdown
 from runtime.resolve import resolve_model
 from sim import planner
-from sim.bounds import bound
 from sim.certify import proof_keys, proof_words
 from sim.compare import Comparison
 from sim.compare import compare as compare_timelines
 from sim.export import EXPORTS
+from sim.limit import kind_of, limit_of
 from sim.model import ModelSpec
 from sim.pins import pins_of
 from sim.plan import Plan, Prediction, check_plan, load_plan
@@ -49,7 +49,7 @@ def plan(flags: Namespace) -> None:
     if flags.out is not None:
         made.save(flags.out)
         note(flags, f"wrote {flags.out}")
-    limit = bound(spec, profile, budget, workload, made.cache is not None, made.chunk_tokens)
+    limit = limit_of(spec, profile, budget, workload, kind_of(made))
     row = simulated_row(spec, made, profile, workload, timeline, limit)
     if flags.explain:
         gains = sensitivity(problem, decision)
@@ -76,7 +76,7 @@ def simulate(flags: Namespace) -> None:
     if flags.trace is not None:
         timeline.save_chrome_trace(flags.trace)
         note(flags, f"wrote {flags.trace}; open it in ui.perfetto.dev")
-    limit = bound(spec, profile, used.vram_budget_bytes, workload, used.cache is not None, used.chunk_tokens)
+    limit = limit_of(spec, profile, used.vram_budget_bytes, workload, kind_of(used))
     emit(flags, [simulated_row(spec, used, profile, workload, timeline, limit)], SIMULATED_COLUMNS)
 
 

@@ -14,7 +14,8 @@ Cache and prefetch: as scheinfer's; or a least-recently-used cache of experts, o
 Prompt chunks: where a prompt's activations take more than a fiftieth of the budget, the rule that won and the
     paper's cut are tried again with prompts fed in 2048, 1024, 512, 256 tokens of each sequence, as long as smaller
     chunks are faster; where nothing fits, everything is, with the largest of them with which something does.
-CPU threads: those that the profile was measured with; to compare thread counts, calibrate a profile with each.
+CPU threads: those that the profile was measured with; the rule that won is tried again with fewer, where the profile
+    has measured MLP parts to be faster so.
 Derived by us: everything; no plan of another policy is faster in simulation, since all are compared.
 """
 
@@ -45,6 +46,7 @@ from sim.policies.caches import expert_times, fetch_share, largest_cache, popula
 from sim.policies.chunks import cut, smaller
 from sim.policies.decision import Decision, Rule
 from sim.policies.problem import Policy, Problem
+from sim.policies.threads import fewer
 from sim.search import Found, search
 from sim.space import Branch, further_space, paper_space, same_space
 from sim.workload import Workload
@@ -82,7 +84,7 @@ def decide(problem: Problem) -> Decision:
         whole = _decide(problem)
     except PlanError as error:
         return smaller(problem, _decide, error)
-    return cut(problem, whole, (whole.again, _as_the_paper))
+    return fewer(problem, cut(problem, whole, (whole.again, _as_the_paper)))
 
 
 def _decide(problem: Problem) -> Decision:

@@ -38,6 +38,8 @@ class Problem:
     """One model on one machine under one device memory budget, for one workload.
 
     chunk_tokens    plans feed a prompt in steps of so many tokens of each sequence; None: in one step
+    cpu_threads     plans compute host columns with so many threads, and the profile is that of a machine that does
+                    (hwmodels.threads); None: as many as the profile was measured with
     """
 
     spec: ModelSpec
@@ -46,6 +48,7 @@ class Problem:
     workload: Workload
     pins: Pins = NO_PINS
     chunk_tokens: int | None = None
+    cpu_threads: int | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -98,6 +101,7 @@ class Problem:
             layers=tuple(layers),
             tiers=tuple(tiers),
             chunk_tokens=self.chunk_tokens,
+            cpu_threads=self.cpu_threads,
         )
         return replace(plan, tiers=tuple(_tidy(self.spec, plan, tier) for tier in plan.tiers))
 
