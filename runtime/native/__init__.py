@@ -29,7 +29,7 @@ LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16")
 """Instruction sets that the kernel is compiled for, the best last; AMX is not among them."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE = 3
+_INTERFACE = 4
 _AMX_ROWS = 32  # as many as AMX computes in the time of one
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SILU, _GELU_TANH, _GELU_ERF = range(3)
@@ -115,6 +115,10 @@ class Kernel:
             words.extend((to.data_ptr(), of.data_ptr(), of.nbytes))
         self.library.scheinfer_copy(words.buffer_info()[0], len(words) // 3, bytes_per_s, chunk_bytes)
 
+    def stay_awake(self, awake: bool) -> None:
+        """Whether the calling thread's workers wait awake for its next call: for cores that nobody else works on."""
+        self.library.scheinfer_stay_awake(awake)
+
     def end_workers(self) -> None:
         """End the threads that compute for the calling thread; its next call starts new ones."""
         self.library.scheinfer_end_workers()
@@ -144,6 +148,8 @@ def load(path: Path) -> Kernel:
     library.scheinfer_read.argtypes = [pointer, number, ctypes.c_int]
     library.scheinfer_copy.argtypes = [pointer, number, ctypes.c_double, number]
     library.scheinfer_copy.restype = None
+    library.scheinfer_stay_awake.argtypes = [ctypes.c_int]
+    library.scheinfer_stay_awake.restype = None
     library.scheinfer_read.restype = ctypes.c_uint64
     isas = tuple(name for i, name in enumerate(ISAS) if library.scheinfer_has(i))
     return Kernel(library, isas)
@@ -260,8 +266,13 @@ def threads() -> int:
 
 
 def set_threads(n_threads: int) -> None:
-    """Another number of threads than torch's for the calling thread; 0 for torch's."""
+    """Another number of threads than torch's for the calling thread; 0 for torch's.
+
+    Threads of the kernel's own stay awake between calls, since nobody else's work on their cores.
+    """
     _own.n_threads = n_threads
+    if (found := kernel()) is not None:
+        found.stay_awake(n_threads > 0)
 
 
 def end_workers() -> None:

@@ -158,7 +158,7 @@ using namespace scheinfer;
 extern "C" {
 
 // Counts changes of this interface: a library of other sources is not used.
-int scheinfer_interface() { return 3; }
+int scheinfer_interface() { return 4; }
 
 // Whether this CPU has an instruction set.
 int scheinfer_has(int isa) {
@@ -196,6 +196,9 @@ int scheinfer_mlp(const void* x, void* y, int64_t S, int64_t D, int dtype, int a
     return 1;
   }
 }
+
+// Whether the calling thread's workers stay awake for a millisecond after each of its calls.
+void scheinfer_stay_awake(int awake) { stay_awake(awake); }
 
 // Ends the calling thread's workers; its next call starts new ones.
 void scheinfer_end_workers() { end_workers(); }
