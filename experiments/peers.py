@@ -4,9 +4,9 @@
     python -m experiments.peers --smoke    30 s on tiny shapes; writes nowhere unless --out is given
 
 Three checkpoints of 1 to 2 B random bfloat16 parameters (experiments.peer_models), run by policy `cpu-only`, by
-transformers with each of its implementations of experts, and by llama.cpp where llama-cpp-python is installed and
-`--gguf NAME=FILE` gives the same weights as BF16 GGUF. All of a model are loaded at once and take turns, round after
-round, on the same threads: a prompt, then token after token with a KV cache. Before and after each a loop that only
+transformers with each of its implementations of experts, and by llama.cpp where llama-cpp-python and gguf are
+installed, on the same weights as BF16 GGUF (experiments.peer_gguf). All of a model are loaded at once and take turns,
+round after round, on the same threads: a prompt, then token after token with a KV cache. Before and after each a loop that only
 reads memory runs. Numbers are medians over the rounds, spread half of the distance between quartiles over the median;
 read_share is the time of reading a token's weights at the median read rate, over TPOT.
 
@@ -32,6 +32,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from experiments.peer_gguf import write_gguf
 from experiments.peer_models import SHAPES, token_bytes, write
 from experiments.record import RESULTS, record
 from hwmodels.catalog import cache_folder
@@ -192,12 +193,12 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def ggufs(given: Sequence[str]) -> Mapping[str, Path]:
-    """Files by model; none, with a message, where llama.cpp is not installed."""
-    if importlib.util.find_spec("llama_cpp") is None:
-        print("llama.cpp is left out: llama-cpp-python is not installed", file=sys.stderr)
-        return {}
-    return {name: Path(file) for name, _, file in (text.partition("=") for text in given)}
+def has_llama_cpp() -> bool:
+    """Whether llama.cpp takes part; a message where it does not."""
+    missing = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"llama.cpp is left out: not installed: {', '.join(missing)}", file=sys.stderr)
+    return not missing
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -208,16 +209,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--out", type=Path, help="folder to write to, -MODEL is added (default results/peers, none if --smoke)"
     )
     parser.add_argument("--model", choices=SHAPES, action="append", help="which models (default all)")
-    parser.add_argument("--gguf", metavar="NAME=FILE", action="append", default=[], help="a model for llama.cpp")
     flags = parser.parse_args(argv)
     out = flags.out or (None if flags.smoke else RESULTS / "peers")
     workload, n_rounds = (Workload(16, 4), 2) if flags.smoke else (Workload(512, 16), 4)
-    files = ggufs(flags.gguf)
+    with_llama_cpp = has_llama_cpp()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) if flags.smoke else cache_folder() / "experiments" / "peers"
         for name in flags.model or SHAPES:
             write(name, root / name, flags.smoke)
-            rows = compare(name, root / name, workload, n_rounds, files.get(name))
+            rows = compare(name, root / name, workload, n_rounds, write_gguf(root / name) if with_llama_cpp else None)
             table = pd.DataFrame(rows)
             print(table.to_string(index=False, float_format=lambda v: f"{v:.3g}"))
             settings = {

@@ -114,6 +114,9 @@ class LayerBinding:
 
     def _compute_on_host(self, parts: Sequence[Part]) -> None:
         y = self._mlp(self._host_x, parts, self._host, on_host=True)
+        if self._on_cpu:
+            self.output = y
+            return
         self._host_y = self._device.staging(y, "cc", on_host=True)
         self._host_y.copy_(y)
         self.output = y

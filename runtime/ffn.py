@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hwmodels.errors import ExecutionError
 from runtime.executor import Executor
+from runtime.kv import grow_in_place
 from runtime.routing import Routed
 from runtime.skeleton import decoder_layers
 
@@ -81,6 +82,7 @@ def _begin_step(executor: Executor, names: Sequence[str]) -> Callable[[nn.Module
             raise ExecutionError("the model was called with neither input_ids nor inputs_embeds")
         batch, n_new = rows.shape[:2]
         cache = given.get("past_key_values")
+        grow_in_place(cache)
         depth = int(cache.get_seq_length()) if cache is not None else 0
         executor.begin_step(batch * n_new, depth + n_new, batch)
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sim.workload import Routing
 
+_FEW = 64
+
 
 @dataclass(frozen=True)
 class Routed:
@@ -29,6 +31,8 @@ class Routed:
     @staticmethod
     def of(top_k_index: Tensor, top_k_weights: Tensor, n_experts: int) -> Routed:
         """Group a choice [S, k]; the index n_experts means "masked" and is left out."""
+        if top_k_index.device.type == "cpu" and top_k_index.numel() <= _FEW:
+            return _of_few(top_k_index, top_k_weights, n_experts)
         flat = top_k_index.reshape(-1)
         order = torch.argsort(flat, stable=True)
         rows = torch.div(order, top_k_index.shape[-1], rounding_mode="floor")
@@ -45,3 +49,16 @@ class Routed:
         """Rows and weights of one expert."""
         span = slice(self.first[expert], self.first[expert + 1])
         return (self.host_rows[span], self.host_weights[span]) if on_host else (self.rows[span], self.weights[span])
+
+
+def _of_few(top_k_index: Tensor, top_k_weights: Tensor, n_experts: int) -> Routed:
+    """Routed.of for a token or a few: sorting so little takes less time than calling torch for it."""
+    flat = top_k_index.reshape(-1).tolist()
+    order = sorted(range(len(flat)), key=flat.__getitem__)
+    counts = [0] * (n_experts + 1)
+    for expert in flat:
+        counts[expert] += 1
+    top_k = top_k_index.shape[-1]
+    rows = torch.tensor([i // top_k for i in order])
+    weights = top_k_weights.reshape(-1)[torch.tensor(order)]
+    return Routed(tuple(counts[:n_experts]), (0, *accumulate(counts[:n_experts])), rows, weights, rows, weights)

@@ -29,6 +29,7 @@ from runtime.ffn import PartitionedExperts, PartitionedMlp, attach
 from runtime.memory import WeightStore, allocate, fill_cache, trim_heap
 from runtime.projection import use_projections
 from runtime.skeleton import build_skeleton, load_rest
+from runtime.step import use_steps
 from sim.memory import Memory, check_memory, memory
 from sim.model import ModelSpec
 from sim.plan import Plan, check_plan
@@ -188,6 +189,7 @@ def assemble(folder: Path, spec: ModelSpec, plan: Plan, device: Device, fill: Fi
         planned.device_memory = need
         planned.last_timeline, planned.last_routing = None, None
         use_projections(model)
+        use_steps(model)
         attach(planned, planned.executor)
         weakref.finalize(planned, device.close)  # threads do not outlive a model that nobody closed
         return planned

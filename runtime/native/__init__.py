@@ -29,7 +29,7 @@ LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16")
 """Instruction sets that the kernel is compiled for, the best last; AMX is not among them."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE = 4
+_INTERFACE = 5
 _AMX_ROWS = 32  # as many as AMX computes in the time of one
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SILU, _GELU_TANH, _GELU_ERF = range(3)
@@ -89,20 +89,65 @@ class Kernel:
 
     def linear(self, x_SK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, isa: str | None = None) -> Tensor:
         """x @ weight.T + bias: [S, N], rounded once, on threads() threads. Tensors as for mlp."""
-        x_SK, y_SN = x_SK.contiguous(), x_SK.new_empty((x_SK.shape[0], weight_NK.shape[0]))
+        return self.linears(x_SK, [(weight_NK, bias_N)], isa)[0]
+
+    def linears(
+        self, x_SK: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], isa: str | None = None
+    ) -> list[Tensor]:
+        """Several projections of the same rows in one call; each as linear's."""
+        x_SK, found, words = x_SK.contiguous(), [], array("q")
+        for weight_NK, bias_N in layers:
+            found.append(x_SK.new_empty((x_SK.shape[0], weight_NK.shape[0])))
+            words.extend((weight_NK.data_ptr(), _address(bias_N), found[-1].data_ptr(), weight_NK.shape[0]))
         failed = self.library.scheinfer_linear(
             x_SK.data_ptr(),
-            weight_NK.data_ptr(),
-            _address(bias_N),
-            y_SN.data_ptr(),
             *x_SK.shape,
-            weight_NK.shape[0],
+            len(layers),
+            words.buffer_info()[0],
             _DTYPES[x_SK.dtype],
             ISAS.index(isa or self.isa),
             threads(),
         )
         _check(failed)
-        return y_SN
+        return found
+
+    def norm(self, x_SD: Tensor, weight_D: Tensor, eps: float, isa: str | None = None) -> Tensor:
+        """x over its root mean square, times weight; rounded before the weight and after it. Contiguous tensors."""
+        y_SD = torch.empty_like(x_SD)
+        n_rows, width = x_SD.numel() // x_SD.shape[-1], x_SD.shape[-1]
+        pointers = (x_SD.data_ptr(), weight_D.data_ptr(), y_SD.data_ptr())
+        code, best = _DTYPES[x_SD.dtype], ISAS.index(isa or self.isa)
+        _check(self.library.scheinfer_norm(*pointers, n_rows, width, eps, code, best))
+        return y_SD
+
+    def turn(self, x_SHD: Tensor, cos: Tensor, sin: Tensor, isa: str | None = None) -> None:
+        """Rotary embedding in place, by contiguous tables [S, D], or [1, D] for all rows; pairs are half of D apart."""
+        n_rows, n_heads, width = x_SHD.shape
+        stride = width if cos.shape[0] > 1 else 0
+        pointers = (x_SHD.data_ptr(), cos.data_ptr(), sin.data_ptr())
+        code, best = _DTYPES[x_SHD.dtype], ISAS.index(isa or self.isa)
+        _check(self.library.scheinfer_turn(*pointers, n_rows, n_heads, width, stride, code, best))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, isa: str | None = None) -> Tensor:
+        """One query per head over all keys, sums in float32: [B, H, Dv].
+
+        query [B, H, D] contiguous; key [B, K, T, D] and value [B, K, T, Dv] with contiguous rows; H / K query
+        heads in a row share a KV head.
+        """
+        batch, n_kv, n_past, width = key.shape
+        group = query.shape[1] // n_kv
+        out = query.new_empty((batch, query.shape[1], value.shape[-1]))
+        shape = array("q", (batch, n_kv, group, n_past, width, value.shape[-1], *key.stride()[:3], *value.stride()[:3]))
+        failed = self.library.scheinfer_attend(
+            *(tensor.data_ptr() for tensor in (query, key, value, out)),
+            shape.buffer_info()[0],
+            scale,
+            _DTYPES[query.dtype],
+            ISAS.index(isa or self.isa),
+            threads(),
+        )
+        _check(failed)
+        return out
 
     def read(self, flat: Tensor) -> None:
         """Read a tensor's memory and do nothing else, on threads() threads: what bounds mlp at one token."""
@@ -144,7 +189,10 @@ def load(path: Path) -> Kernel:
         raise KernelError(f"{path} has interface {interface}, expected {_INTERFACE}; reinstall the package")
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.scheinfer_mlp.argtypes = [pointer, pointer, number, number, *[ctypes.c_int] * 4, number, pointer]
-    library.scheinfer_linear.argtypes = [*[pointer] * 4, *[number] * 3, *[ctypes.c_int] * 3]
+    library.scheinfer_linear.argtypes = [pointer, *[number] * 3, pointer, *[ctypes.c_int] * 3]
+    library.scheinfer_norm.argtypes = [*[pointer] * 3, number, number, ctypes.c_double, *[ctypes.c_int] * 2]
+    library.scheinfer_turn.argtypes = [*[pointer] * 3, *[number] * 4, *[ctypes.c_int] * 2]
+    library.scheinfer_attend.argtypes = [*[pointer] * 5, ctypes.c_double, *[ctypes.c_int] * 3]
     library.scheinfer_read.argtypes = [pointer, number, ctypes.c_int]
     library.scheinfer_copy.argtypes = [pointer, number, ctypes.c_double, number]
     library.scheinfer_copy.restype = None
@@ -243,6 +291,14 @@ def takes(x_SD: Tensor, pieces: Sequence[Piece]) -> bool:
         gate_up.dtype == dtype and down.dtype == dtype and gate_up.is_contiguous() and down.is_contiguous()
         for gate_up, down in pieces
     )
+
+
+def holds(*tensors: Tensor) -> bool:
+    """Whether the kernel takes these: on the CPU, of one dtype that it knows, rows without gaps, no gradient."""
+    dtype = tensors[0].dtype
+    if dtype not in _DTYPES or torch.is_grad_enabled():
+        return False
+    return all(t.dtype == dtype and t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
 
 
 def copies(to: Tensor, of: Tensor) -> bool:

@@ -1,7 +1,7 @@
 // AVX2 with FMA and F16C: eight floats.
 #include <immintrin.h>
 
-#include "tile.h"
+#include "step.h"
 
 namespace scheinfer {
 namespace {

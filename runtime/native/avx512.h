@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "tile.h"
+#include "step.h"
 
 namespace scheinfer {
 namespace {

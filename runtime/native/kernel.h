@@ -16,6 +16,14 @@ constexpr int ROWS = 4;      // rows of W that a tile takes at once; work is cut
 constexpr int PAD = 32;      // activations are padded with zeros to a multiple of it
 constexpr int SCRATCH = ROWS * 1024;  // floats that dots() may use to widen weights
 
+constexpr int64_t PAST_AT_ONCE = 256;  // keys that one item of attention takes
+
+// Keys and values of one head: widths and distances of rows, in elements; what scores are multiplied by.
+struct Past {
+  int64_t key_width, value_width, key_stride, value_stride;
+  float scale;
+};
+
 // Activations lie in rows of float, or of bfloat16 where the instruction set multiplies pairs of it.
 struct Kernels {
   // out[t * out_stride + r] = sum over k of w[r][k] * x[t][k]; w has rows of K weights without gaps. later: as many
@@ -28,6 +36,10 @@ struct Kernels {
   void (*activate)(const float* gate, const float* up, int64_t n, int act, void* to);
   void (*store_row)(const float* from, int64_t n, void* to);
   void (*widen_row)(const void* from, int64_t n, float* to);
+  void (*norm_row)(const void* from, const void* weight, int64_t n, float eps, void* to);
+  void (*turn_row)(void* values, const void* cosine, const void* sine, int64_t n);
+  void (*attend_row)(const float* query, const void* keys, const void* values, int64_t n, const Past& past,
+                     float* mixed, float* top_and_sum);
   int activation_bytes;
 };
 

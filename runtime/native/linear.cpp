@@ -1,34 +1,53 @@
-// One dense projection of few rows: y[t][r] = x[t] . w[r] + bias[r], rows of W shared out, sums in float32.
+// Dense projections of the same few rows: y[t][r] = x[t] . w[r] + bias[r], rows of W shared out, sums in float32.
+#include <vector>
+
 #include "rows.h"
 
 namespace scheinfer {
 namespace {
 
 struct Projection {
-  const Kernels* k;
   const char *w, *bias;  // bias: null for none
   char* y;
-  int64_t K, N, S, weight_bytes, at_once, x_stride;
-  const char* x;
+  int64_t N;
 };
 
+struct Item {
+  const Projection* of;
+  int64_t first, last;
+};
+
+struct Call {
+  const Kernels* k;
+  const char* x;
+  int64_t K, S, weight_bytes, x_stride;
+  std::vector<Projection> projections;
+  std::vector<Item> items;
+};
+
+const char* weights_of(const Call& call, const Item& item) {
+  return item.of->w + item.first * call.K * call.weight_bytes;
+}
+
 void project(void* context, int64_t index) {
-  const Projection& p = *static_cast<const Projection*>(context);
+  const Call& call = *static_cast<const Call*>(context);
+  const Item& item = call.items[size_t(index)];
+  const Projection& p = *item.of;
   Scratch& s = scratch();
-  const int64_t first = index * p.at_once, left = p.N - first, n = left < p.at_once ? left : p.at_once;
-  const char* w = p.w + first * p.K * p.weight_bytes;
-  const char* later = left >= 2 * p.at_once ? w + p.at_once * p.K * p.weight_bytes : nullptr;
+  const int64_t n = item.last - item.first, next = index + 1;
+  const bool follows = next < int64_t(call.items.size()) && call.items[size_t(next)].last - call.items[size_t(next)].first >= n;
+  const char *w = weights_of(call, item), *later = follows ? weights_of(call, call.items[size_t(next)]) : nullptr;
   float bias[MOST_ROWS + PAD] = {};
-  if (p.bias) p.k->widen_row(p.bias + first * p.weight_bytes, n, bias);
-  for (int64_t t0 = 0; t0 < p.S; t0 += TOKENS_AT_ONCE) {
-    const int64_t rest = p.S - t0, tokens = rest < TOKENS_AT_ONCE ? rest : TOKENS_AT_ONCE;
+  if (p.bias) call.k->widen_row(p.bias + item.first * call.weight_bytes, n, bias);
+  for (int64_t t0 = 0; t0 < call.S; t0 += TOKENS_AT_ONCE) {
+    const int64_t rest = call.S - t0, tokens = rest < TOKENS_AT_ONCE ? rest : TOKENS_AT_ONCE;
     const void* x[TOKENS_AT_ONCE];
-    for (int64_t t = 0; t < tokens; t++) x[t] = p.x + (t0 + t) * p.x_stride;
-    p.k->dots(w, n, p.K, x, tokens, s.one, MOST_ROWS, later, s.wide);
+    for (int64_t t = 0; t < tokens; t++) x[t] = call.x + (t0 + t) * call.x_stride;
+    call.k->dots(w, n, call.K, x, tokens, s.one, MOST_ROWS, later, s.wide);
     for (int64_t t = 0; t < tokens; t++) {
       float* row = s.one + t * MOST_ROWS;
       for (int64_t i = 0; i < n; i++) row[i] += bias[i];
-      p.k->store_row(row, n, p.y + ((t0 + t) * p.N + first) * p.weight_bytes);
+      call.k->store_row(row, n, p.y + ((t0 + t) * p.N + item.first) * call.weight_bytes);
     }
   }
 }
@@ -38,10 +57,10 @@ void project(void* context, int64_t index) {
 
 using namespace scheinfer;
 
-// x [S, K], w [N, K], bias [N] or null, y [S, N], all of one dtype. 0, or 1 without memory, 2 without that
-// instruction set.
-extern "C" int scheinfer_linear(const void* x, const void* w, const void* bias, void* y, int64_t S, int64_t K,
-                                int64_t N, int dtype, int isa, int n_threads) {
+// x [S, K]; words of each projection: w [N, K], bias [N] or null, y [S, N], N; all of one dtype. 0, or 1 without memory,
+// 2 without that instruction set.
+extern "C" int scheinfer_linear(const void* x, int64_t S, int64_t K, int64_t n_projections, const int64_t* words,
+                                int dtype, int isa, int n_threads) {
   static thread_local Aligned memory;
   try {
     const Kernels* k = kernels(isa, dtype);
@@ -49,9 +68,18 @@ extern "C" int scheinfer_linear(const void* x, const void* w, const void* bias, 
     const int64_t bytes = dtype == F32 ? 4 : 2, stride = stride_of(K, k->activation_bytes);
     char* rows = memory.at_least(size_t(S * stride));
     for (int64_t s = 0; s < S; s++) k->load_row(static_cast<const char*>(x) + s * K * bytes, K, rows + s * stride);
-    Projection p{k, static_cast<const char*>(w), static_cast<const char*>(bias), static_cast<char*>(y),
-                 K, N, S, bytes, rows_at_once(N, n_threads), stride, rows};
-    parallel(n_threads, (N + p.at_once - 1) / p.at_once, project, &p);
+    Call call{k, rows, K, S, bytes, stride, {}, {}};
+    int64_t n_rows = 0;
+    for (int64_t i = 0; i < n_projections; i++, words += 4) {
+      call.projections.push_back({reinterpret_cast<const char*>(words[0]), reinterpret_cast<const char*>(words[1]),
+                                  reinterpret_cast<char*>(words[2]), words[3]});
+      n_rows += words[3];
+    }
+    const int64_t most = rows_at_once(n_rows, n_threads);
+    for (const Projection& p : call.projections)
+      for (int64_t first = 0; first < p.N; first += most)
+        call.items.push_back({&p, first, first + most < p.N ? first + most : p.N});
+    parallel(n_threads, int64_t(call.items.size()), project, &call);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

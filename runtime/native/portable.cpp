@@ -1,5 +1,5 @@
 // Any CPU: vectors of four floats, as compilers for every machine of the last twenty years can make them.
-#include "tile.h"
+#include "step.h"
 
 namespace scheinfer {
 namespace {

@@ -260,12 +260,5 @@ void widen_row(const void* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; i++) to[i] = widen(source[i]);
 }
 
-template <class T>
-const Kernels* kernels_of() {
-  static const Kernels found = {dots<T>, load_row<T>, activate<T>, store_row<T>, widen_row<T>,
-                                int(sizeof(typename T::Input))};
-  return &found;
-}
-
 }  // namespace
 }  // namespace scheinfer

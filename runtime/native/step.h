@@ -1,0 +1,97 @@
+// Rows of a step of few tokens, compiled once per instruction set as tile.h is: norms, rotations, attention's past.
+#pragma once
+
+#include "tile.h"
+
+namespace scheinfer {
+namespace {
+
+typedef float Lanes __attribute__((vector_size(64)));
+constexpr int64_t LANES = 16;
+
+template <class Element>
+inline Lanes lanes_of(const Element* p) {
+  float wide[LANES];
+  for (int i = 0; i < LANES; i++) wide[i] = widen(p[i]);
+  Lanes v;
+  memcpy(&v, wide, sizeof(v));
+  return v;
+}
+
+inline float total(Lanes v) {
+  for (int n = 8; n; n /= 2)
+    for (int i = 0; i < n; i++) v[i] += v[i + n];
+  return v[0];
+}
+
+template <class Left, class Right>
+float dot(const Left* a, const Right* b, int64_t n) {
+  Lanes sum = {};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) sum += lanes_of(a + i) * lanes_of(b + i);
+  float out = total(sum);
+  for (; i < n; i++) out += widen(a[i]) * widen(b[i]);
+  return out;
+}
+
+// to = weight * (x / sqrt(mean of squares + eps)), rounded before the weight, too, as the models' own code does.
+template <class Element>
+void norm_row(const void* from, const void* weight, int64_t n, float eps, void* to) {
+  const auto *x = static_cast<const Element*>(from), *w = static_cast<const Element*>(weight);
+  auto* y = static_cast<Element*>(to);
+  const float scale = 1.0f / sqrtf(dot(x, x, n) / float(n) + eps);
+  for (int64_t i = 0; i < n; i++) {
+    Element rounded;
+    narrow(widen(x[i]) * scale, rounded);
+    narrow(widen(w[i]) * widen(rounded), y[i]);
+  }
+}
+
+// Turns pairs (i, i + n / 2) of n values by the angles whose cosine and sine are given.
+template <class Element>
+void turn_row(void* values, const void* cosine, const void* sine, int64_t n) {
+  auto* x = static_cast<Element*>(values);
+  const auto *c = static_cast<const Element*>(cosine), *s = static_cast<const Element*>(sine);
+  const int64_t half = n / 2;
+  for (int64_t i = 0; i < half; i++) {
+    const float a = widen(x[i]), b = widen(x[i + half]);
+    narrow(a * widen(c[i]) - b * widen(s[i]), x[i]);
+    narrow(b * widen(c[i + half]) + a * widen(s[i + half]), x[i + half]);
+  }
+}
+
+// One query over n keys and values: mixed = sum of exp(score - top) * value, sum and top beside it.
+template <class Element>
+void attend_row(const float* query, const void* keys, const void* values, int64_t n, const Past& past, float* mixed,
+                float* top_and_sum) {
+  const auto *k = static_cast<const Element*>(keys), *v = static_cast<const Element*>(values);
+  float scores[PAST_AT_ONCE], top = -INFINITY, sum = 0.0f;
+  for (int64_t t = 0; t < n; t++) {
+    scores[t] = dot(query, k + t * past.key_stride, past.key_width) * past.scale;
+    top = scores[t] > top ? scores[t] : top;
+  }
+  for (int64_t t = 0; t < n; t++) scores[t] = exp_of(scores[t] - top);
+  for (int64_t t = 0; t < n; t++) sum += scores[t];
+  int64_t d = 0;
+  for (; d + LANES <= past.value_width; d += LANES) {
+    Lanes part = {};
+    for (int64_t t = 0; t < n; t++) part += scores[t] * lanes_of(v + t * past.value_stride + d);
+    memcpy(mixed + d, &part, sizeof(part));
+  }
+  for (; d < past.value_width; d++) {
+    mixed[d] = 0.0f;
+    for (int64_t t = 0; t < n; t++) mixed[d] += scores[t] * widen(v[t * past.value_stride + d]);
+  }
+  top_and_sum[0] = top, top_and_sum[1] = sum;
+}
+
+template <class T>
+const Kernels* kernels_of() {
+  static const Kernels found = {dots<T>, load_row<T>, activate<T>, store_row<T>, widen_row<T>, norm_row<typename T::Weight>,
+                                turn_row<typename T::Weight>, attend_row<typename T::Weight>,
+                                int(sizeof(typename T::Input))};
+  return &found;
+}
+
+}  // namespace
+}  // namespace scheinfer

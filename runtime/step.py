@@ -1,0 +1,114 @@
+"""What a step of few tokens computes on the CPU beside MLPs, by the native kernel: norms and attention in few calls.
+
+At one token a layer's small operators cost as much as reading its weights: each call of torch takes 10 to 30 us there,
+since the weights that pass have put its code out of the caches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from runtime import native
+from runtime.attention import attend_one
+from runtime.projection import FEW_ROWS
+
+ATTENTIONS = frozenset(
+    f"{family}Attention"
+    for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Phimoe")
+)
+"""Modules that project, norm each head if they have norms for it, turn halves of heads, attend, and project again."""
+
+
+class StepNorm(nn.Module):
+    """A root mean square norm, in place of the one whose weight it holds."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        kernel, x = native.kernel(), hidden_states
+        few = x.numel() <= FEW_ROWS * self.weight.shape[0] or (x.dim() == 4 and x.shape[0] * x.shape[1] <= FEW_ROWS)
+        if kernel is not None and few and x.is_contiguous() and native.holds(x, self.weight):
+            return kernel.norm(x, self.weight, self.variance_epsilon)
+        out: Tensor = super().forward(x)
+        return out
+
+
+class StepAttention(nn.Module):
+    """Attention of one new token per sequence in four calls, in place of the module whose weights it holds."""
+
+    layer_idx: int
+    head_dim: int
+    scaling: float
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, S, D] -> [B, S, D]."""
+        kernel = native.kernel()
+        if kernel is None or attention_mask is not None or not self._is_step(hidden_states, position_embeddings):
+            out: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            return out
+        assert position_embeddings is not None, "a step has them"
+        batch, width = hidden_states.shape[0], self.head_dim
+        layers = [self.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
+        query, key, value = (
+            flat.view(batch, -1, width)
+            for flat in kernel.linears(hidden_states.view(batch, -1), [(p.weight, p.bias) for p in layers])  # type: ignore[misc]
+        )
+        if hasattr(self, "q_norm"):
+            query = self.get_submodule("q_norm")(query[:, None])[:, 0]
+            key = self.get_submodule("k_norm")(key[:, None])[:, 0]
+        cos, sin = (table.reshape(-1, width) for table in position_embeddings)
+        kernel.turn(query, cos, sin)
+        kernel.turn(key, cos, sin)
+        keys, values = key[:, :, None], value[:, :, None]
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        mixed = attend_one(query[:, :, None], keys, values, self.scaling)
+        projected: Tensor = self.get_submodule("o_proj")(mixed.reshape(batch, 1, -1))
+        return projected, None
+
+    def _is_step(self, hidden: Tensor, tables: object) -> bool:
+        """Whether the kernel computes this call: one new token for each of few sequences, whole heads turned."""
+        if hidden.dim() != 3 or hidden.shape[1] != 1 or hidden.shape[0] > FEW_ROWS or not hidden.is_contiguous():
+            return False
+        if not isinstance(tables, tuple) or self.training or torch.is_grad_enabled():
+            return False
+        cos, sin = tables
+        if cos.shape[-1] != self.head_dim or cos.numel() not in (self.head_dim, hidden.shape[0] * self.head_dim):
+            return False
+        weights = [self.get_submodule(name).weight for name in ("q_proj", "k_proj", "v_proj")]
+        return native.holds(hidden, cos, sin, *weights)  # type: ignore[arg-type]
+
+
+def use_steps(model: PreTrainedModel) -> None:
+    """Let the kernel compute norms and attention of small steps where the model's modules lie on the CPU."""
+    for module in model.modules():
+        mixin = _mixin(module)
+        if mixin is not None and all(parameter.device.type == "cpu" for parameter in module.parameters()):
+            cls = type(module)
+            module.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+
+
+def _mixin(module: nn.Module) -> type[nn.Module] | None:
+    name = type(module).__name__
+    if name in ATTENTIONS:
+        return StepAttention
+    return StepNorm if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon") else None
