@@ -6,9 +6,9 @@
 Three checkpoints of 1 to 2 B random bfloat16 parameters (experiments.peer_models), run by policy `cpu-only`, by
 transformers with each of its implementations of experts, and by llama.cpp where llama-cpp-python and gguf are
 installed, on the same weights as BF16 GGUF (experiments.peer_gguf). All of a model are loaded at once and take turns,
-round after round, on the same threads: a prompt, then token after token with a KV cache. Before and after each a loop that only
-reads memory runs. Numbers are medians over the rounds, spread half of the distance between quartiles over the median;
-read_share is the time of reading a token's weights at the median read rate, over TPOT.
+round after round, on the same threads: a prompt, then token after token with a KV cache. Before and after each a loop
+that only reads memory runs. Numbers are medians over the rounds, spread half of the distance between quartiles over the
+median; read_share is the time of reading a token's weights at the median read rate, over TPOT.
 
 One should see ours at 0.75 of what memory allows or more, ahead of the others. On a busy machine the spread is larger
 than any difference: others_load tells. No device is involved.
