@@ -1,6 +1,6 @@
 """What does the contention table change, and what does it gain from telling work that computes from work that reads?
 
-    python -m experiments.contention            2 minutes on 2 cores; writes experiments/results/contention/
+    python -m experiments.contention            3 minutes on 2 cores; writes experiments/results/contention/
     python -m experiments.contention --smoke    20 s on a tiny shape; writes nowhere unless --out is given
 
 Calibration measures the rates of CPU, GPU and H2D beside each other twice: with MLP parts of one token, which read

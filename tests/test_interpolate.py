@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,6 +54,23 @@ def test_a_bilinear_surface_is_met_everywhere_inside(xs, ys, abcd, u, v):
 def test_no_value_lies_beyond_the_largest_and_the_smallest_node(table, x, y):
     value = grid_of(table).at(x, y)
     assert min(table.values()) * (1 - 1e-9) <= value <= max(table.values()) * (1 + 1e-9)
+
+
+@st.composite
+def rising_grids(draw: st.DrawFn) -> Grid:
+    """Times that never fall from node to node, a law per axis."""
+    nodes = st.lists(st.integers(1, 1000).map(float), min_size=1, max_size=4, unique=True).map(sorted)
+    xs, ys = draw(nodes), draw(nodes)
+    steps = st.lists(st.floats(0, 10), min_size=len(ys), max_size=len(ys))
+    rise = np.array([draw(steps) for _ in xs]).cumsum(axis=0).cumsum(axis=1) + draw(st.floats(1e-6, 1))
+    laws = draw(st.sampled_from(LAWS)), draw(st.sampled_from(LAWS))
+    return Grid(tuple(xs), tuple(ys), tuple(map(tuple, rise.tolist())), laws)
+
+
+@given(rising_grids(), st.lists(st.floats(1, 1100), min_size=4, max_size=4))
+def test_where_nodes_never_fall_more_tokens_or_bytes_never_take_less_time(grid, at):
+    (x, more_x), (y, more_y) = sorted(at[:2]), sorted(at[2:])
+    assert grid.at(x, y) <= grid.at(more_x, more_y) * (1 + 1e-9)
 
 
 @given(grids(), st.floats(1, 1e6))
