@@ -36,6 +36,11 @@ _MIXTRAL_LIKE = ("mixtral", "phimoe")
 _DENSE = ("llama", "mistral", "qwen2", "qwen3")
 RUNNABLE = (*_DENSE, *_MIXTRAL_LIKE, "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 
+_WHY_NOT = {
+    "gpt_oss": "its experts have biases, interleave gate and up and clamp both, which no kernel here computes, "
+    "and are published as MXFP4"
+}
+
 
 class FfnKeys(NamedTuple):
     """Checkpoint keys of one dense MLP or one expert."""
@@ -67,8 +72,9 @@ class Adapter:
             raise ModelError(f"{name}: the weights are quantised ({method}); use the checkpoint they were made from")
         spec = from_config(config, name)
         if spec.family not in RUNNABLE:
+            why = f" ({_WHY_NOT[spec.family]})" if spec.family in _WHY_NOT else ""
             raise ModelError(
-                f"{name}: models of family {spec.family} can be planned and simulated, not run; "
+                f"{name}: models of family {spec.family} can be planned and simulated, not run{why}; "
                 f"families that run: {', '.join(RUNNABLE)}"
             )
         return Adapter(spec)
