@@ -191,7 +191,7 @@ class HardwareProfile:
     handoff_s    delay between a task's last dependency and its start, by "FROM>TO" resource
     sources      of vram_bytes, host_bytes, cpu_threads and handoff_s, by name; measured where not named
     notes        whose numbers these are and what to know of them, a sentence each
-    handoff_repeats  of the medians in handoff_s, by the same names, where they were measured
+    handoff_repeats  of the numbers in handoff_s, by the same names, where they were measured
     cold         how much longer what is not an MLP takes after a wait, longer and longer waits
     """
 

@@ -153,10 +153,10 @@ def calibrate(
         cpu_threads=_threads(parts["rest on the CPU"].curves),
         peaks={r: fastest(curves, r) for r in RESOURCES},
         curves=tuple(curves),
-        handoff_s=parts["overlap"].handoff_s,
+        handoff_s={pair: s for part in parts.values() for pair, s in part.handoff_s.items()},
         contention=parts["together"].contention,
         notes=remarks(parts),
-        handoff_repeats=parts["overlap"].handoff_repeats,
+        handoff_repeats={pair: r for part in parts.values() for pair, r in part.handoff_repeats.items()},
         cold=parts["waits"].cold,
     )
 
@@ -276,6 +276,7 @@ def _variants(job: _Job, effort: Effort, tick: Tick) -> Part:
     return Part(tuple(curves))
 
 
+# Of hand-offs that several parts measure those of the last one count: of plans that overlap.
 _PARTS: dict[str, tuple[float, _Measure]] = {
     "yardstick": (0.5, _yardstick),
     "rest on the GPU": (8, _rest("GPU")),

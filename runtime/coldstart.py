@@ -6,17 +6,20 @@ in its caches. Where it waits for a result of the CPU, or for weights on the lin
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from time import perf_counter
 
-from hwmodels.calibrate import Part, repeats
+from hwmodels.calibrate import Part, handoffs, repeats
 from hwmodels.profile import Cold
 from runtime.rounds import Effort, Tick
 from runtime.session import PlannedModel
-from runtime.standin import forward
+from runtime.standin import forward, step_delays
 from sim.graph import REST
 from sim.timeline import Timeline
+from sim.workload import Step
 
 WAITING = ((0.0, 0.0), (0.75, 0.25), (0.0, 1.0))
 """Shares of columns that are GG and sent ahead in the stand-ins that wait; the CPU computes what is left."""
@@ -27,24 +30,27 @@ def measure_cold(busy: PlannedModel, waiting: Sequence[PlannedModel], effort: Ef
     """Waits and factors of every model that waits, its decode passes taking turns with those of one that does not.
 
     A round gives each model's median over layers of the wait and of the time relative to the same layer's in the busy
-    model; the profile gets medians over rounds.
+    model; the profile gets medians over rounds. Hand-offs are those of the last model, which sends everything.
     """
     found: list[_Found] = [[] for _ in waiting]
-    forward(busy, 1, 0)
-    for model in waiting:
+    delays_s: dict[str, list[float]] = defaultdict(list)
+    for model in (busy, *waiting):
         forward(model, 1, 0)
     began_s = perf_counter()
     for number in range(effort.most):
         share = (perf_counter() - began_s) / effort.seconds
         if number >= effort.least and share >= 1:
             break
-        warm_s = attention(forward(busy, 1, 0))
+        warm_s = attention(forward(busy, 1, 0)[0])
         for rows, model in zip(found, waiting, strict=True):
-            cold = attention(forward(model, 1, 0))
+            timeline, trace = forward(model, 1, 0)
+            cold = attention(timeline)
             factors = [seconds / warm_s[layer][1] for layer, (_, seconds) in cold.items()]
             rows.append((median(waited_s for waited_s, _ in cold.values()), median(factors)))
+        for pair, seconds in step_delays(model, Step("prefill", 1, 1), timeline, trace):
+            delays_s[pair].append(seconds)
         tick(min(1.0, share))
-    return Part(cold=tuple(sorted(map(_entry, found), key=lambda entry: entry.waited_s)))
+    return replace(handoffs(delays_s), cold=tuple(sorted(map(_entry, found), key=lambda entry: entry.waited_s)))
 
 
 def attention(timeline: Timeline) -> dict[int, tuple[float, float]]:

@@ -30,7 +30,7 @@ from sim.graph import TaskGraph
 from sim.model import from_config
 from sim.plan import Place
 from sim.timeline import Timeline
-from sim.workload import Step
+from sim.workload import RoutingTrace, Step
 
 N_PARTIAL = 3  # the overlapping run joins GG, CG and CC
 SMALL_COPY_BYTES = 1 << 18  # smaller copies are read from an overlapping run, where caches are cold
@@ -75,24 +75,27 @@ def built(stand_in: StandIn) -> Iterator[PlannedModel]:
 def measure_rest(
     model: PlannedModel, place: Place, n_tokens: Sequence[int], past: Sequence[int], effort: Effort, tick: Tick
 ) -> Part:
-    """Curves of attn over tokens and depth, embed over tokens, head and sample, all on one place."""
+    """Curves of attn over tokens and depth, embed over tokens, head and sample, and hand-offs, all on one place."""
     spec = model.executor.spec
-    cases: list[Case[Work]] = [_pass_case(model, n, p) for n in n_tokens for p in past]
+    cases: list[Case[Work | str]] = [_pass_case(model, n, p) for n in n_tokens for p in past]
     times = in_rounds([*cases, lambda: _decode_ends(model)], effort, tick)
     samples: dict[Op, list[Sample]] = defaultdict(list)
-    for work, seconds in times.items():
-        samples[work.op].append(summarise(work, seconds))
+    for key, seconds in times.items():
+        if not isinstance(key, str):
+            samples[key.op].append(summarise(key, seconds))
     threads = model.executor.device.cpu_threads if place == "CPU" else 0
-    return Part(tuple(Curve(place, op, spec.dtype, threads, "measured", tuple(rows)) for op, rows in samples.items()))
+    curves = (Curve(place, op, spec.dtype, threads, "measured", tuple(rows)) for op, rows in samples.items())
+    delays_s = {key: seconds for key, seconds in times.items() if isinstance(key, str)}
+    return replace(handoffs(delays_s), curves=tuple(curves))
 
 
-def _pass_case(model: PlannedModel, n_tokens: int, past: int) -> Case[Work]:
+def _pass_case(model: PlannedModel, n_tokens: int, past: int) -> Case[Work | str]:
     """One forward pass: times of its attention parts, and of embed where it is a prompt's."""
     spec = model.executor.spec
     usual = statistics.mode(spec.rest_bytes(i) for i in range(spec.n_layers))  # other layers scale from these
 
-    def visit() -> Iterator[tuple[Work, float]]:
-        for span in forward(model, n_tokens, past).spans:
+    def visit() -> Iterator[tuple[Work | str, float]]:
+        for span in forward(model, n_tokens, past)[0].spans:
             if span.kind == "attn" and spec.rest_bytes(span.layer) == usual:
                 yield spec.attention_work(span.layer, n_tokens, past + n_tokens), span.duration_s
             elif span.kind == "embed" and n_tokens > 1:
@@ -101,16 +104,18 @@ def _pass_case(model: PlannedModel, n_tokens: int, past: int) -> Case[Work]:
     return visit
 
 
-def _decode_ends(model: PlannedModel) -> Iterator[tuple[Work, float]]:
-    """Times of a decode step's ends as generate runs them: embed, head and the loop between steps."""
+def _decode_ends(model: PlannedModel) -> Iterator[tuple[Work | str, float]]:
+    """Times of a decode step's ends as generate runs them: embed, head and the loop between steps; and its delays."""
     spec = model.executor.spec
     works = {"embed": spec.small_work("embed", 1), "head": spec.head_work(1), "sample": spec.small_work("sample", 1)}
-    for span in _generate(model).spans:
+    timeline = _generate(model)
+    for span in timeline.spans:
         if span.kind in works and span.step not in ("prefill", "decode1"):
             yield works[span.kind], span.duration_s
+    yield from _decode_delays(model, timeline)
 
 
-def forward(model: PlannedModel, n_tokens: int, past: int) -> Timeline:
+def forward(model: PlannedModel, n_tokens: int, past: int) -> tuple[Timeline, RoutingTrace]:
     """One forward pass of n_tokens new tokens over a cache of `past` tokens."""
     cache, executor = DynamicCache(config=model.config), model.executor
     if past:
@@ -123,7 +128,7 @@ def forward(model: PlannedModel, n_tokens: int, past: int) -> Timeline:
     executor.begin_run()
     with torch.no_grad():
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return executor.end_run({})[0]
+    return executor.end_run({})
 
 
 def _generate(model: PlannedModel) -> Timeline:
@@ -147,7 +152,7 @@ def measure_overlapped(model: PlannedModel, n_tokens: Sequence[int], effort: Eff
     """
     spec = model.executor.spec
     cases: list[Case[_Found]] = [_overlapped_case(model, n) for n in n_tokens if n & (n - 1) == 0]
-    times = in_rounds([*cases, lambda: _decode_delays(model)], effort, tick)
+    times = in_rounds([*cases, lambda: _decode_delays(model, _generate(model))], effort, tick)
     delays_s = {key: seconds for key, seconds in times.items() if isinstance(key, str)}
     samples: dict[tuple[Resource, Op], list[Sample]] = defaultdict(list)
     for key, seconds in times.items():
@@ -162,7 +167,7 @@ def _overlapped_case(model: PlannedModel, n_tokens: int) -> Case[_Found]:
     spec = model.executor.spec
 
     def visit() -> Iterator[tuple[_Found, float]]:
-        for span in forward(model, n_tokens, 0).spans:
+        for span in forward(model, n_tokens, 0)[0].spans:
             if span.kind == "act_d2h" and span.bytes < SMALL_COPY_BYTES:
                 yield ("D2H", copy(span.bytes, spec.dtype)), span.duration_s
             elif span.kind == "act_h2d" and span.bytes < SMALL_COPY_BYTES:
@@ -173,15 +178,21 @@ def _overlapped_case(model: PlannedModel, n_tokens: int) -> Case[_Found]:
     return visit
 
 
-def _decode_delays(model: PlannedModel) -> Iterator[tuple[_Found, float]]:
-    """Delays of the decode steps of a generation, the first one left out."""
-    timeline, trace = _generate(model), model.last_routing
-    assert trace is not None
-    executor = model.executor
+def _decode_delays(model: PlannedModel, timeline: Timeline) -> Iterator[tuple[str, float]]:
+    """Delays of the decode steps of a generation that has just run, the first one left out."""
+    assert model.last_routing is not None
     for number in range(2, _N_DECODE):
         step = Step(f"decode{number}", 1, _N_DECODE + number)
-        graph = compile_step(executor.spec, executor.plan, step, lambda s, layer: trace.counts[s.name, layer])
-        yield from delays(graph, timeline)
+        yield from step_delays(model, step, timeline, model.last_routing)
+
+
+def step_delays(
+    model: PlannedModel, step: Step, timeline: Timeline, trace: RoutingTrace
+) -> Iterator[tuple[str, float]]:
+    """Delays of a step that ran."""
+    executor = model.executor
+    graph = compile_step(executor.spec, executor.plan, step, lambda s, layer: trace.counts[s.name, layer])
+    return delays(graph, timeline)
 
 
 def delays(graph: TaskGraph, timeline: Timeline) -> Iterator[tuple[str, float]]:
