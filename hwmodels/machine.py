@@ -35,6 +35,7 @@ class Machine:
     n_online       logical CPUs that the machine has
     memlock_bytes  memory that may be page-locked; None without a limit
     load           load average of the last minute, in busy CPUs
+    modules        memory modules, and slots for them; None where the firmware does not tell, as in a container
     """
 
     cpu: str
@@ -49,6 +50,7 @@ class Machine:
     load: float
     kernel: str
     python: str
+    modules: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,15 @@ def read_machine() -> Machine:
         load=os.getloadavg()[0],
         kernel=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
+        modules=memory_modules(_text("/run/udev/data/+dmi:id")),
     )
+
+
+def memory_modules(udev: str) -> tuple[int, int] | None:
+    """Modules and slots by what udev keeps of the firmware's tables, which anyone may read; None if it has none."""
+    filled = set(re.findall(r"^E:MEMORY_DEVICE_(\d+)_SIZE=", udev, re.MULTILINE))
+    empty = set(re.findall(r"^E:MEMORY_DEVICE_(\d+)_PRESENT=0", udev, re.MULTILINE))
+    return (len(filled), len(filled | empty)) if filled else None
 
 
 def fingerprint(machine: Machine | None = None) -> dict[str, str]:
@@ -133,6 +143,12 @@ def _memory_findings(m: Machine) -> list[Finding]:
     elif m.free_bytes < m.ram_bytes // 4:
         limit = f"Of {format_bytes(m.ram_bytes)} memory only {format_bytes(m.free_bytes)} are free"
         found.append(Finding("ram", limit, "Close what holds the rest before loading a model"))
+    if m.modules is not None and m.modules[0] < min(m.modules[1], max(2, m.modules[1] // 2)):
+        # Two slots share a channel on most boards with more than two.
+        n_modules, n_slots = m.modules
+        limit = f"{_count(n_modules, 'memory module')} in {n_slots} slots: channels stay empty, and with them bandwidth"
+        fix = "Put a module of the same kind into every channel (the board's manual names their slots), calibrate anew"
+        found.append(Finding("channels", limit, fix))
     if m.memlock_bytes is not None and m.memlock_bytes < m.ram_bytes // 2:
         limit = (
             f"This process may lock {format_bytes(m.memlock_bytes)} in memory: page-locking weights can fail, "

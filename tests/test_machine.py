@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from hwmodels.machine import Machine, differences, findings, fingerprint, read_machine
+from hwmodels.machine import Machine, differences, findings, fingerprint, memory_modules, read_machine
 
 GOOD = Machine(
     cpu="Made Up 9000",
@@ -45,6 +45,8 @@ def test_a_good_machine_has_nothing_to_find():
         ({"memlock_bytes": 8 * 2**20}, "memlock", "ulimit -l unlimited"),
         ({"ram_bytes": 8 * 2**30, "free_bytes": 8 * 2**30}, "ram", "add memory"),
         ({"free_bytes": 2**30}, "ram", "Close what holds the rest"),
+        ({"modules": (1, 2)}, "channels", "into every channel"),
+        ({"modules": (3, 16)}, "channels", "into every channel"),
         ({"load": 20.0}, "load", "Stop them before calibrating"),
         ({"n_threads": 16}, "affinity", "taskset -c"),
         ({"n_cores": 2}, "cores", "4 cores or more"),
@@ -58,6 +60,17 @@ def test_every_limit_is_found_alone_and_comes_with_its_fix(change, name, fix):
     assert [f.name for f in found] == [name]
     assert fix in found[0].fix
     assert str(found[0]) == f"{found[0].limit}. {found[0].fix}."
+
+
+@pytest.mark.parametrize("modules", [None, (1, 1), (2, 2), (2, 4), (8, 16)])
+def test_a_module_in_every_channel_or_an_unknown_number_is_no_finding(modules):
+    assert findings(replace(GOOD, modules=modules)) == []
+
+
+def test_udev_tells_modules_and_slots_or_nothing():
+    sizes = "E:MEMORY_ARRAY_NUM_DEVICES=4\nE:MEMORY_DEVICE_0_PRESENT=0\nE:MEMORY_DEVICE_1_SIZE=17179869184\n"
+    assert memory_modules(sizes + "E:MEMORY_DEVICE_1_LOCATOR=DIMM A2\nE:MEMORY_DEVICE_2_PRESENT=0\n") == (1, 3)
+    assert memory_modules("E:ID_VENDOR=QEMU\n") is None
 
 
 def test_a_limit_says_the_number_that_was_found():

@@ -8,7 +8,7 @@ from hwmodels.catalog import compose, with_overrides
 from hwmodels.catalog import hardware as find_hardware
 from hwmodels.catalog import names as hardware_names
 from hwmodels.errors import FormatError
-from hwmodels.machine import Finding, findings, read_machine
+from hwmodels.machine import Finding, Machine, findings, read_machine
 from hwmodels.profile import HardwareProfile
 from hwmodels.units import format_bytes
 from runtime.cli import profile_rows
@@ -37,6 +37,7 @@ def doctor(flags: Namespace) -> None:
         _fact("cores", f"{machine.n_cores}, {machine.n_threads} threads"),
         _fact("NUMA nodes", str(machine.n_numa_nodes)),
         _fact("RAM", f"{format_bytes(machine.ram_bytes)}, {format_bytes(machine.free_bytes)} free"),
+        _fact("memory modules", _modules(machine)),
         _fact("memlock", "unlimited" if machine.memlock_bytes is None else format_bytes(machine.memlock_bytes)),
     ]
     rows.append(_fact("CPU kernel", native.describe()))
@@ -56,6 +57,13 @@ def doctor(flags: Namespace) -> None:
 
 def _fact(name: str, value: str) -> Row:
     return {"kind": "fact", "name": name, "value": value, "fix": ""}
+
+
+def _modules(machine: Machine) -> str:
+    if machine.modules is None:
+        return "unknown, `sudo dmidecode -t memory` lists them"
+    n_modules, n_slots = machine.modules
+    return f"{n_modules} in {n_slots} slots"
 
 
 def _limit(finding: Finding) -> Row:
