@@ -29,23 +29,23 @@ def faster_counts(profile: HardwareProfile, dtype: str) -> tuple[int, ...]:
     return tuple(n for n, ratio in ratios.items() if min(ratio.values()) < _CLEARLY)
 
 
-def with_threads(profile: HardwareProfile, n_threads: int | None) -> HardwareProfile:
-    """The machine computing with so many CPU threads; itself for None and for its own number.
+def with_threads(profile: HardwareProfile, dtype: str, n_threads: int | None) -> HardwareProfile:
+    """The machine computing a model of a dtype with so many CPU threads; itself for None and for its own number.
 
     Times that follow from it are marked `estimated`. Raises ProfileError for a number that was not measured.
     """
     if n_threads is None or n_threads == profile.cpu_threads:
         return profile
-    own = [c for c in profile.curves if _is_mlp(c, c.dtype) and c.threads == profile.cpu_threads]
-    scaled = {c.dtype: _scaled(profile, c, n_threads) for c in own if n_threads in thread_counts(profile, c.dtype)}
-    if not scaled:
-        known = sorted({n for c in own for n in thread_counts(profile, c.dtype)} | {profile.cpu_threads})
+    known = thread_counts(profile, dtype)
+    own = profile.curve("CPU", "ffn", dtype)
+    if own is None or n_threads not in known:
+        counts = ", ".join(map(str, sorted({*known, profile.cpu_threads})))
         raise ProfileError(
-            f"profile {profile.name!r} was not measured with {n_threads} CPU threads but with "
-            f"{', '.join(map(str, known))}; calibrate with --threads {n_threads}"
+            f"profile {profile.name!r} was not measured with {n_threads} CPU threads in {dtype} but with {counts}; "
+            f"calibrate with --threads {n_threads}, or plan again"
         )
-    kept = [c for c in profile.curves if not (_is_mlp(c, c.dtype) and c.dtype in scaled)]
-    return replace(profile, cpu_threads=n_threads, curves=(*kept, *scaled.values()))
+    kept = [c for c in profile.curves if not _is_mlp(c, dtype)]
+    return replace(profile, cpu_threads=n_threads, curves=(*kept, _scaled(profile, own, n_threads)))
 
 
 def _is_mlp(curve: Curve, dtype: str) -> bool:

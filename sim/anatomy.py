@@ -49,7 +49,7 @@ def anatomy(
     """
     check_plan(plan, spec)
     where = routing_of(spec, workload, routing)
-    steps, machine = workload.steps(plan.chunk_tokens), with_threads(profile, plan.cpu_threads)
+    steps, machine = workload.steps(plan.chunk_tokens), with_threads(profile, spec.dtype, plan.cpu_threads)
     walk = CacheWalk(spec, plan, steps, where, routing.cached if routing is not None else None)
     wall_s = measured.step_s
     rows = []

@@ -22,5 +22,5 @@ def limit_of(
 ) -> Bound:
     """What no plan of that kind beats (sim.bounds)."""
     cached, chunk_tokens, cpu_threads = kind
-    machine = with_threads(profile, cpu_threads)
+    machine = with_threads(profile, spec.dtype, cpu_threads)
     return bound(spec, machine, vram_budget_bytes, workload, cached, chunk_tokens)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from hwmodels.errors import PlanError
 from hwmodels.profile import HardwareProfile
+from hwmodels.threads import with_threads
 from hwmodels.units import format_bytes, format_seconds
 from hwmodels.work import copy
 from sim.bounds import Bound
@@ -98,7 +99,7 @@ def explain(spec: ModelSpec, profile: HardwareProfile, plan: Plan, workload: Wor
         _share_words(spec, plan, workload),
         _speed_words(spec, profile, plan, workload, limit),
         _limit_words(timeline),
-        _reason_words(spec, profile, plan),
+        _reason_words(spec, with_threads(profile, spec.dtype, plan.cpu_threads), plan),
     )
     return "\n".join(line for part in parts for line in part)
 

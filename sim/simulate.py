@@ -41,7 +41,7 @@ def simulate(
     Raises PlanError if the plan is for another model, FormatError if the trace is of another model.
     """
     check_plan(plan, spec)
-    machine = with_threads(profile, plan.cpu_threads)
+    machine = with_threads(profile, spec.dtype, plan.cpu_threads)
     where = routing_of(spec, workload, routing)
     evidence: Counter[str] = Counter(dict.fromkeys(EVIDENCE, 0))
     all_spans: list[Span] = []
@@ -89,7 +89,7 @@ def forecast(
     0.4 %, the worst 2.3 % (64 sequences, where sending starts at a token count that many experts straddle).
     """
     check_plan(plan, spec)
-    profile = with_threads(profile, plan.cpu_threads)
+    profile = with_threads(profile, spec.dtype, plan.cpu_threads)
     where = routing_of(spec, workload, routing)
     rates = profile.rates if contention else None
     prompt, decode = counted_chunks(workload, plan.chunk_tokens), representative(workload, None, n_decode)[1:]

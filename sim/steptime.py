@@ -99,16 +99,16 @@ class StepTimes:
         if chain not in self._chains_s:
             self._chains_s[chain] = float(self._counts @ self._chain_s(filling, ends))
         total = np.full((1 if self.slowed is None else 2, len(units), len(sendings)), self._chains_s[chain])
-        shared: dict[object, tuple[RoutedTable, Seconds]] = {}
+        shared: dict[int, tuple[RoutedTable, Seconds]] = {}
         for layer in filling.device_layers:
             for part in self._parts(filling, layer):
                 table = self._table(layer, part, sendings)
                 if isinstance(part, Single):
                     total += part.count * table.rows(part.of.row[units[:, layer]])
-                elif part.key in shared:
-                    shared[part.key][1][:] += part.count[units[:, layer]]
+                elif id(table) in shared:
+                    shared[id(table)][1][:] += part.count[units[:, layer]]
                 else:
-                    shared[part.key] = table, part.count[units[:, layer]]
+                    shared[id(table)] = table, part.count[units[:, layer]]
         for table, count in shared.values():
             total += count @ table.whole()
         return total

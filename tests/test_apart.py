@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+from dataclasses import replace
 
 import pytest
 
@@ -42,9 +44,24 @@ def test_plans_come_from_the_process_and_so_do_refusals_and_rough_predictions(mo
         assert other.rough[plan.decisions] == problem.rough(plan)
 
 
+@pytest.mark.parametrize(
+    "does", ["printf 'cnowhere\\nthing\\n.'", "printf 'K\\001.'", "printf garbage", "exec sleep 60"]
+)
+def test_a_process_that_talks_nonsense_or_never_listens_changes_nothing(does, monkeypatch, tmp_path):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o755)
+    long = replace(machine(), notes=("more than a pipe holds",) * 10_000)
+    problem, before = Problem(moe(), long, GB, SHORT), threading.active_count()
+    monkeypatch.setattr(apart, "_LONGEST_S", 0.1)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with Apart(problem, auto.OTHERS) as other:
+        assert other.plan("cpu-only", problem) == auto.followed("cpu-only", problem)
+    assert threading.active_count() == before
+
+
 def test_a_process_that_brings_nothing_is_not_waited_for_long(monkeypatch):
     problem = Problem(moe(), machine(), GB, SHORT)
-    monkeypatch.setattr(apart, "serve", None)
     monkeypatch.setattr(apart, "_LONGEST_S", 0.1)
     monkeypatch.setattr(sys, "executable", "/bin/cat")  # reads, but answers nothing that can be understood
     with Apart(problem, auto.OTHERS) as other:

@@ -30,7 +30,7 @@ from sim.steptime import StepTimes
 from sim.workload import Workload
 from tests.machines import GB, budget, dense, machine, moe
 from tests.tiny import write_tiny
-from tests.unit_machine import specs
+from tests.unit_machine import mixed, specs
 
 SHORT = Workload(8, 4)
 
@@ -220,3 +220,23 @@ def test_a_pin_on_the_command_line_is_in_the_plan(tmp_path):
     argv = ["plan", "-m", str(folder), "--hardware", "rtx4090-ryzen7950x", "-p", "8", "-n", "4", "--out", str(file)]
     assert main([*argv, "--pin", r"layers\.0\.mlp=cpu"]) == 0
     assert load_plan(file).layers[0].gg == (0,)
+
+
+@pytest.mark.parametrize("to", ["stream", "cpu"])
+@pytest.mark.parametrize("way", [Sending(), Sending(min_tokens=1, n_slots=2)], ids=["nothing", "routed"])
+def test_layers_that_differ_share_no_times_where_pins_leave_each_one_placement(to, way):
+    spec = mixed(4, 24, 4, 1)  # dense layers of 48 columns between layers of experts of 24
+    names = [name for i in range(spec.n_layers) for name in unit_names(spec, i) if "mlp" in name or "expert" in name]
+    pins = pins_of(spec, parse_pins(",".join(f"{name}={to}" for name in names)))
+    profile, workload = machine(gpu_gflops=10, cpu_gflops=2), Workload(5, 5)
+    where, steps = routing_of(spec, workload), workload.steps()[1:]
+    routing = tuple(tuple(where(step, i) for i in range(spec.n_layers)) for step in steps)
+    filling = Filling(spec, workload, "columns", "even", 0, pins)
+    times = StepTimes(Prices(spec, profile), tuple((1.0, step) for step in steps), routing)
+
+    made = Problem(spec, profile, 10 * GB, workload, pins).plan(
+        "", filling.layers(0), [way.tier(spec, "all", 10**6)], pinned=True
+    )
+    graphs = [compile_step(spec, made, step, where) for step in steps]
+    each_s = [max(recur(g.arrays, p.duration_s, p.lag_s)[1]) for g in graphs for p in [price(g, profile)]]
+    assert times.seconds(filling, "GPU", np.array([0]), [way])[0, 0, 0] == pytest.approx(sum(each_s), rel=1e-9)

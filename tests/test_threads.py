@@ -10,7 +10,6 @@ import pytest
 from hwmodels.errors import FormatError, ProfileError
 from hwmodels.profile import Curve, HardwareProfile, Sample
 from hwmodels.threads import faster_counts, thread_counts, with_threads
-from hwmodels.work import ffn
 from sim.limit import kind_of, limit_of
 from sim.plan import load_plan
 from sim.planner import explain, plan
@@ -53,7 +52,7 @@ def test_counts_that_were_measured_and_those_that_are_faster():
 @pytest.mark.parametrize("share", [0.5, 1.0])
 @pytest.mark.parametrize(("n_tokens", "ratio"), [(1, 1 / 2), (16, 3 / 4), (4, (3 / 8) ** 0.5)])
 def test_fewer_threads_take_the_measured_ratio_at_every_width_and_its_mean_between(n_tokens, ratio, share):
-    few, work = with_threads(HYPERTHREADED, 2), SPEC.ffn_work(0, n_tokens, int(128 * share))
+    few, work = with_threads(HYPERTHREADED, "bfloat16", 2), SPEC.ffn_work(0, n_tokens, int(128 * share))
     own_s = HYPERTHREADED.time_s("CPU", work).seconds
     if n_tokens == 4:  # interpolated in its own curve as well: only the order is plain
         assert own_s / 2 < few.time_s("CPU", work).seconds < own_s * 3 / 4
@@ -64,10 +63,10 @@ def test_fewer_threads_take_the_measured_ratio_at_every_width_and_its_mean_betwe
 
 
 def test_the_own_number_is_the_machine_itself_and_an_unmeasured_one_an_error():
-    assert with_threads(HYPERTHREADED, None) is HYPERTHREADED
-    assert with_threads(HYPERTHREADED, 4) is HYPERTHREADED
-    with pytest.raises(ProfileError, match=r"not measured with 3 CPU threads but with 1, 2, 4.*--threads 3"):
-        with_threads(HYPERTHREADED, 3)
+    assert with_threads(HYPERTHREADED, "bfloat16", None) is HYPERTHREADED
+    assert with_threads(HYPERTHREADED, "bfloat16", 4) is HYPERTHREADED
+    with pytest.raises(ProfileError, match="with 3 CPU threads in bfloat16 but with 1, 2, 4.*--threads 3"):
+        with_threads(HYPERTHREADED, "bfloat16", 3)
 
 
 def made(profile: HardwareProfile):
@@ -113,9 +112,20 @@ def test_a_machine_that_was_not_measured_so_cannot_simulate_such_a_plan():
         forecast(SPEC, made(HYPERTHREADED), machine(), WORKLOAD)
 
 
-def test_another_type_of_numbers_keeps_its_times():
-    work = ffn(1, 64, 32, "float32")
-    assert with_threads(HYPERTHREADED, 2).time_s("CPU", work) == HYPERTHREADED.time_s("CPU", work)
+def test_another_type_of_numbers_needs_its_own_measurement():
+    with pytest.raises(ProfileError, match="2 CPU threads in float32 but with 4"):
+        with_threads(HYPERTHREADED, "float32", 2)
+
+
+def test_an_emulated_device_keeps_its_threads():
+    assert made(replace(HYPERTHREADED, device="emulated")).cpu_threads is None
+
+
+def test_fewer_threads_where_nothing_fits_without_chunks():
+    workload, small = Workload(2000, 64), replace(HYPERTHREADED, host_bytes=600_000)
+    made = plan(SPEC, small, int(budget(SPEC, workload, 0.0) * 0.3), workload, "auto")
+    assert made.chunk_tokens is not None
+    assert made.cpu_threads == 2
 
 
 @pytest.mark.parametrize(("asked", "used"), [(None, 1), (1, 1), (2, 1)])

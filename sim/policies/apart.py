@@ -64,19 +64,15 @@ class Apart:
                 stderr=subprocess.DEVNULL,
                 env=paths,
             )
-            assert self._process.stdin is not None, "it was asked for"
-            assert self._process.stdout is not None, "it was asked for"
             self._working = True
-            self._reader = Thread(target=self._receive, args=(self._process.stdout,), daemon=True)
-            self._reader.start()
-            with self._process.stdin as stdin:
-                stdin.write(pickle.dumps((self._problem, dict(self._policies))))
+            self._talk = Thread(target=self._ask, args=(self._process,), daemon=True)
+            self._talk.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.kill()
-            self._reader.join()
+            self._talk.join()
             self._process.wait()
 
     def plan(self, name: str, problem: Problem) -> Plan:
@@ -99,16 +95,28 @@ class Apart:
             self._changed.wait_for(lambda: name in self._known or not self._working, _LONGEST_S)
             return name in self._known
 
-    def _receive(self, stdout: IO[bytes]) -> None:
-        """Learn what the process brings, until it ends."""
-        with stdout, suppress(EOFError, pickle.UnpicklingError):
-            while True:
-                name, plan, rough = pickle.load(stdout)
-                with self._changed:
-                    self._learn(name, plan, rough)
-                    self._changed.notify()
+    def _ask(self, process: subprocess.Popen[bytes]) -> None:
+        """Ask the process and learn what it brings; whatever it does wrong, or its end, ends the talk."""
+        assert process.stdin is not None, "it was asked for"
+        assert process.stdout is not None, "it was asked for"
+        try:
+            with process.stdout as stdout, suppress(Exception):
+                with process.stdin as stdin:  # not where plans are waited for: it may never be read
+                    stdin.write(pickle.dumps((self._problem, dict(self._policies))))
+                while True:
+                    self._hear(stdout)
+        finally:
+            with self._changed:
+                self._working = False
+                self._changed.notify()
+
+    def _hear(self, stdout: IO[bytes]) -> None:
+        """Learn one policy's plan."""
+        name, plan, rough = pickle.load(stdout)
+        if name not in self._policies or not isinstance(plan, (Plan, PlanError)):
+            raise ValueError(f"{name!r} with {type(plan)} was not asked for")
         with self._changed:
-            self._working = False
+            self._learn(name, plan, rough)
             self._changed.notify()
 
     def _learn(self, name: str, plan: Plan | PlanError, rough: Prediction | None) -> None:

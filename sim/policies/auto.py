@@ -83,7 +83,7 @@ def decide(problem: Problem) -> Decision:
     try:
         whole = _decide(problem)
     except PlanError as error:
-        return smaller(problem, _decide, error)
+        return fewer(problem, smaller(problem, _decide, error))
     return fewer(problem, cut(problem, whole, (whole.again, _as_the_paper)))
 
 

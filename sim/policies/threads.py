@@ -36,12 +36,13 @@ def fewer(problem: Problem, best: Decision) -> Decision:
 
 
 def _parts(problem: Problem) -> Iterator[int]:
-    if problem.cpu_threads is None:
+    # What an emulated device leaves idle it takes for itself: its own times would change with the number.
+    if problem.cpu_threads is None and problem.profile.device != "emulated":
         yield from faster_counts(problem.profile, problem.spec.dtype)
 
 
 def _with_threads(n_threads: int, rule: Rule, problem: Problem) -> Plan:
-    part = replace(problem, profile=with_threads(problem.profile, n_threads), cpu_threads=n_threads)
+    part = replace(problem, profile=with_threads(problem.profile, problem.spec.dtype, n_threads), cpu_threads=n_threads)
     return replace(rule(part), cpu_threads=n_threads, profile_id=problem.profile.id, prediction=None)
 
 
