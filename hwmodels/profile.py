@@ -49,7 +49,8 @@ def _check_dtype(field_name: str, dtype: str) -> None:
 class Cost:
     """A time and what it rests on.
 
-    computing_s is how much longer FLOPs take than bytes, at peak: above zero work computes, else it reads.
+    computing_s is how much longer FLOPs take than four times its bytes, at peak: above zero work computes, else it
+    reads. Between is a slope, and what reads a quarter of its time still slows the link as if it read.
     """
 
     seconds: float
@@ -178,6 +179,8 @@ class Peak:
         return max(flops / self.flops_per_s[dtype], memory_s)
 
 
+_FAR_BEYOND = 4
+"""How often longer than bytes FLOPs take where work computes: calibration measures at about 0.1 and 6."""
 _SOURCED = ("vram_bytes", "host_bytes", "cpu_threads", "handoff_s")
 
 
@@ -279,7 +282,7 @@ class HardwareProfile:
     def _time_s(self, resource: Resource, work: Work) -> Cost:
         peak = self.peak(resource)
         roof_s = peak.roofline_s(work.dtype, work.flops, work.bytes)
-        computing_s = peak.roofline_s(work.dtype, work.flops, 0.0) - work.bytes / peak.bytes_per_s
+        computing_s = peak.roofline_s(work.dtype, work.flops, 0.0) - _FAR_BEYOND * work.bytes / peak.bytes_per_s
         curve = self.curve(resource, work.op, work.dtype)
         if curve is None:
             return Cost(peak.fixed_s + roof_s / peak.efficiency, "specified", computing_s)

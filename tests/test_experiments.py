@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "experiments"
-SUPPORT = {"__init__", "peer_models", "record"}
+SUPPORT = {"__init__", "peer_gguf", "peer_models", "record"}
 NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in SUPPORT)
 
 

@@ -166,11 +166,11 @@ def test_two_entries_of_one_kind_of_work_are_refused():
         replace(BOTH, contention=(*BOTH.contention, BOTH.contention[1]))
 
 
-def test_work_computes_beyond_the_ridge_of_the_roofline():
+def test_work_computes_far_beyond_the_ridge_of_the_roofline():
     # a FLOP and a byte take a second each: two FLOPs per token and weight, four bytes per weight
-    works = {n: Work("ffn", "float32", n, 20.0 * n, 40.0) for n in (1, 2, 3, 8)}
-    assert [n for n, one in works.items() if BOTH.computing({"CPU": one})] == [3, 8]
-    assert not PROFILE.computing({"CPU": works[8]})
+    works = {n: Work("ffn", "float32", n, 20.0 * n, 40.0) for n in (1, 3, 8, 9, 32)}
+    assert [n for n, one in works.items() if BOTH.computing({"CPU": one})] == [9, 32]
+    assert not PROFILE.computing({"CPU": works[32]})
 
 
 # -- files --------------------------------------------------------------------------------------------
