@@ -178,11 +178,11 @@ def test_rates_change_when_work_that_computes_follows_work_that_reads() -> None:
     assert schedule(made, price(made, BOTH), BOTH.rates)[1] == [6.5, 2, 6]
 
 
-def test_a_task_computes_if_flops_take_longer_than_bytes_over_all_its_work() -> None:
-    few, many = (Work("ffn", "float32", n, float(n), 4.0) for n in (1, 6))
+def test_a_task_computes_if_flops_take_four_times_as_long_as_bytes_over_all_its_work() -> None:
+    few, many = (Work("ffn", "float32", n, float(n), 4.0) for n in (1, 24))
     tasks = [Task(name, "cc", CPU, works) for name, works in {"few": (few,), "both": (few, many)}.items()]
-    assert price(graph(tasks), BOTH).computing == [False, False]  # 1 s and 4 s; 7 s and 8 s
-    assert price(graph([Task("most", "cc", CPU, (few, many, many))]), BOTH).computing == [True]  # 13 s and 12 s
+    assert price(graph(tasks), BOTH).computing == [False, False]  # 1 s and 4 x 4 s; 25 s and 4 x 8 s
+    assert price(graph([Task("most", "cc", CPU, (few, many, many))]), BOTH).computing == [True]  # 49 s and 4 x 12 s
 
 
 def test_no_task_is_told_to_compute_where_contention_knows_no_such_rates() -> None:
