@@ -180,7 +180,8 @@ class Peak:
 
 
 _FAR_BEYOND = 4
-"""How often longer than bytes FLOPs take where work computes: calibration measures at about 0.1 and 6."""
+"""How many times as long as bytes FLOPs take where work computes. Between once and this it is a slope: experts of 25
+tokens, 2.5 times, were slowed more nearly as work that reads is (experiments.contention)."""
 _SOURCED = ("vram_bytes", "host_bytes", "cpu_threads", "handoff_s")
 
 

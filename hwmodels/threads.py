@@ -15,6 +15,7 @@ from hwmodels.errors import ProfileError
 from hwmodels.profile import Curve, HardwareProfile, Sample
 
 _CLEARLY = 0.97
+"""Repeats of one measurement differ by a few per cent."""
 
 
 def thread_counts(profile: HardwareProfile, dtype: str) -> tuple[int, ...]:

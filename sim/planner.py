@@ -131,9 +131,7 @@ def _list(sizes: dict[str, int]) -> str:
 def _share_words(spec: ModelSpec, plan: Plan, workload: Workload) -> list[str]:
     lines = ["Who computes the MLPs (share of their arithmetic)"]
     if plan.cpu_threads is not None:
-        lines.append(
-            f"  the CPU computes with {plan.cpu_threads} threads, fewer than it was measured with: that is faster"
-        )
+        lines.append(f"  the CPU computes with {plan.cpu_threads} threads, fewer than the machine was measured with")
     prompt = workload.prompt_steps(plan.chunk_tokens)
     if len(prompt) > 1:
         lines.append(f"  the prompt is fed in {len(prompt)} chunks of at most {plan.chunk_tokens} tokens per sequence")

@@ -62,7 +62,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Winner:
-    """The best plan so far, and the branch that it is of."""
+    """The best plan, and the branch that it is of."""
 
     plan: Plan
     branch: Branch = field(repr=False, compare=False)
@@ -72,16 +72,19 @@ class Winner:
 class Found:
     """The best plan of a search, its seconds by the reference engine, and what happened to all candidates.
 
-    winners        the best after each of the spaces searched, the last of them is plan
     left_bounds_s  bounds below total_s of the candidates that were not simulated
     """
 
-    plan: Plan
-    winners: tuple[Winner, ...]
+    winner: Winner
     total_s: float
     n_candidates: int
     n_simulated: int
     left_bounds_s: Seconds = field(repr=False, compare=False)
+
+    @property
+    def plan(self) -> Plan:
+        """The best plan."""
+        return self.winner.plan
 
     @property
     def certificate(self) -> Certificate:
@@ -134,10 +137,9 @@ class _Search:
         self.reference = _Reference(problem, contention)
         self.bounds: list[Seconds] = []
         self.promising: list[_Candidate] = []
-        self.simulated: set[Hashable] = set()
-        self.simulated_bounds_s: list[float] = []
+        self.simulated: dict[Hashable, float] = {}  # bounds of plans, by their decisions
         self.best_s = math.inf
-        self.winners: list[Winner] = []
+        self.winner: Winner | None = None
 
     def consider(self, space: Space) -> None:
         """Time all candidates of a space: in steps, then finely around the best."""
@@ -167,7 +169,7 @@ class _Search:
 
     def simulate(self, most: int) -> None:
         """Simulate the most promising candidates, at most so many, that may beat the best so far."""
-        n_before, best = len(self.simulated), None
+        n_before = len(self.simulated)
         for candidate in sorted(self.promising, key=lambda c: c.estimate_s):
             if candidate.bound_s >= self.best_s * _EQUAL:
                 continue
@@ -176,27 +178,25 @@ class _Search:
                 continue
             if len(self.simulated) - n_before == most:
                 break
-            self.simulated.add(plan.decisions)
-            self.simulated_bounds_s.append(candidate.bound_s)
+            self.simulated[plan.decisions] = candidate.bound_s
             seconds = self.reference.total_s(plan)
             if seconds < self.best_s * _EQUAL:
-                self.best_s, best = seconds, Winner(plan, candidate.branch)
-        self.winners += [best] if best is not None else []
+                self.best_s, self.winner = seconds, Winner(plan, candidate.branch)
 
     def found(self) -> Found:
         """The best plan, checked, and the counts."""
-        if not self.winners:
+        if self.winner is None:
             raise self.problem.none_fits(self.policy)
-        plan = self.problem.checked(self.winners[-1].plan)
+        self.problem.checked(self.winner.plan)
         n_candidates = sum(len(bounds) for bounds in self.bounds)
-        return Found(plan, tuple(self.winners), self.best_s, n_candidates, len(self.simulated), self._left_bounds_s())
+        return Found(self.winner, self.best_s, n_candidates, len(self.simulated), self._left_bounds_s())
 
     def _left_bounds_s(self) -> Seconds:
         """Bounds below the best time, but for those of candidates that decide as one that was simulated."""
         bounds = np.concatenate(self.bounds)
         below = Counter(bounds[bounds < self.best_s * _EQUAL].tolist())
         # Candidates that decide alike have bounds that differ by rounding only: few plans need to be looked at.
-        near = np.array(self.simulated_bounds_s)
+        near = np.array(list(self.simulated.values()))
         settled = (
             c.bound_s
             for c in self.promising

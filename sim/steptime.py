@@ -45,7 +45,7 @@ class StepTimes:
         self._tables: dict[object, list[Shares | Single]] = {}
         self._routed: dict[object, RoutedTable] = {}
         self._ahead: dict[object, AheadCosts] = {}
-        self._attention_s: dict[object, Seconds] = {}
+        self._beside_s: dict[object, Seconds] = {}
         self._chains_s: dict[object, float] = {}
         self._cpu_mlps_s: dict[int, Seconds] = {}
 
@@ -121,7 +121,7 @@ class StepTimes:
         return self._tables[kind]
 
     def _table(self, layer: int, part: Shares | Single, sendings: tuple[Sending, ...]) -> RoutedTable:
-        key = self.prices.spec.layers[layer].ffn, part.key, sendings
+        key = self.prices.spec.layers[layer].ffn, part.of.key, sendings
         if key not in self._routed:
             self._routed[key] = RoutedTable(self.prices, layer, part.of, sendings, self.slowed)
         return self._routed[key]
@@ -193,9 +193,9 @@ class StepTimes:
 
     def _end_s(self, place: Place, op: str, some: slice) -> Seconds:
         """Seconds of embedding, head or sampling, [step, 1, 1]."""
-        if (place, op) not in self._attention_s:
-            self._attention_s[place, op] = self._each_s(place, [self._end(op, step) for _, step in self.steps])
-        return self._attention_s[place, op][some]
+        if (place, op) not in self._beside_s:
+            self._beside_s[place, op] = self._each_s(place, [self._end(op, step) for _, step in self.steps])
+        return self._beside_s[place, op][some]
 
     def _end(self, op: str, step: Step) -> Work:
         spec = self.prices.spec
@@ -207,11 +207,11 @@ class StepTimes:
         """Seconds of what a layer does beside its MLP, [step, 1, 1]."""
         spec = self.prices.spec
         key = place, spec.layers[layer]
-        if key not in self._attention_s:
+        if key not in self._beside_s:
             steps = [step for _, step in self.steps]
             works = [spec.attention_work(layer, s.n_tokens, s.kv_tokens, s.batch) for s in steps]
-            self._attention_s[key] = self._each_s(place, works)
-        return self._attention_s[key][some]
+            self._beside_s[key] = self._each_s(place, works)
+        return self._beside_s[key][some]
 
     def _each_s(self, place: Place, works: list[Work]) -> Seconds:
         return np.array([self.prices.profile.time_s(place, work).seconds for work in works])[:, None, None]

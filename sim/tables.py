@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Used:
     gg: Count
     row: Count
 
-    @property
+    @cached_property
     def key(self) -> object:
         """Equal keys have equal rows."""
         return self.tokens, self.gg.tobytes()
@@ -76,7 +77,6 @@ class RoutedTable:
 class Shares:
     """How often each row of a table counts, [u, row], summed over the steps that share the table."""
 
-    key: object
     of: Used
     count: Seconds
 
@@ -85,7 +85,6 @@ class Shares:
 class Single:
     """A table that one step alone has, and how often that step counts."""
 
-    key: object
     of: Used
     count: float
 
@@ -95,14 +94,14 @@ def by_table(steps: Sequence[tuple[float, Used]]) -> list[Shares | Single]:
     groups: dict[object, list[tuple[float, Used]]] = {}
     for count, of in steps:
         groups.setdefault(of.key, []).append((count, of))
-    return [_together(key, group) for key, group in groups.items()]
+    return [_together(group) for group in groups.values()]
 
 
-def _together(key: object, group: list[tuple[float, Used]]) -> Shares | Single:
+def _together(group: list[tuple[float, Used]]) -> Shares | Single:
     count, of = group[0]
     if len(group) == 1:
-        return Single(key, of, count)
+        return Single(of, count)
     total = np.zeros((len(of.row), len(of.gg)))
     for count, other in group:
         total[np.arange(len(other.row)), other.row] += count
-    return Shares(key, of, total)
+    return Shares(of, total)

@@ -1,6 +1,6 @@
 """A second process for the policies that auto follows: Python code keeps one core busy.
 
-Only models of many experts are worth it; there it takes up to half off the time. The process begins with the first
+Only models of many experts are worth it; there it saves more than it takes to start. The process begins with the first
 policy while this one searches; then this one begins with the last, until they meet. What the process does not bring
 back, for whatever reason, is computed here: results are the same.
 """
@@ -72,7 +72,7 @@ class Apart:
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.kill()
-            self._talk.join()
+            self._talk.join(_LONGEST_S)
             self._process.wait()
 
     def plan(self, name: str, problem: Problem) -> Plan:

@@ -95,7 +95,7 @@ def _decide(problem: Problem) -> Decision:
 
 
 def _decided(problem: Problem, found: Found | None, follow: Follow, rough: Mapping[Hashable, Prediction]) -> Decision:
-    winners = found.winners[-1:] if found is not None else ()
+    winners = (found.winner,) if found is not None else ()
     rules: list[Rule] = [partial(_searched_again, winner.branch) for winner in winners]
     makes: list[Callable[[], Plan]] = [partial(_same, winner.plan) for winner in winners]
     cached = _cached(winners[-1].plan.tiers[-1]) if winners and problem.spec.is_moe else []

@@ -22,7 +22,7 @@ def fewer(problem: Problem, best: Decision) -> Decision:
     parts = list(_parts(problem))
     if not parts:
         return best
-    best_s = problem.tried([partial(_same, best.plan)])[0].total_s
+    best_s = problem.tried([lambda: best.plan])[0].total_s
     for n_threads in parts:
         again = partial(_with_threads, n_threads, best.again)
         try:
@@ -44,7 +44,3 @@ def _parts(problem: Problem) -> Iterator[int]:
 def _with_threads(n_threads: int, rule: Rule, problem: Problem) -> Plan:
     part = replace(problem, profile=with_threads(problem.profile, problem.spec.dtype, n_threads), cpu_threads=n_threads)
     return replace(rule(part), cpu_threads=n_threads, profile_id=problem.profile.id, prediction=None)
-
-
-def _same(plan: Plan) -> Plan:
-    return plan
