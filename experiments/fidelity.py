@@ -1,14 +1,17 @@
 """Can the simulator be trusted to choose a plan?
 
-    python -m experiments.fidelity                    8 minutes on 2 cores; writes experiments/results/fidelity/
+    python -m experiments.fidelity                    20 minutes on 2 cores; writes experiments/results/fidelity/
     python -m experiments.fidelity --models tiny-llama    one model; the other's evidence stays as it is
     python -m experiments.fidelity --replay           10 s: today's simulator over the evidence that is there
     python -m experiments.fidelity --smoke            30 s on a tiny shape; writes nowhere unless --out is given
 
 Two small checkpoints (a Mixtral and a Llama of random weights, each many times larger than the caches) run on this
 machine by many plans: every policy, the best that the search finds and some drawn at random, in three cells of
-workload and device memory. Profiles are calibrated on other steps than those that run. All plans take turns and
-are measured twice, with models loaded anew; that difference is the noise, which no prediction can go below.
+workload and device memory. Profiles are calibrated on other steps than those that run. All plans take turns, four
+times, with models loaded anew; what the last two times differ from the first two is the noise, which no prediction can
+go below. The machine is calibrated before, between and after, and what is simulated rests on the median of these: the
+speed of a shared machine changes within minutes, and one calibration would tell of one minute. What was predicted
+before anything ran rests on the first calibration alone, and stands beside it.
 
 One should see step errors of a few per cent, hardly above the noise, and that the plan predicted best is among
 the best measured. On a machine without a GPU the device is emulated, and the rows say so.
@@ -20,6 +23,7 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.record import RESULTS, record
 from hwmodels.catalog import cache_folder
-from runtime.calibrate import SMOKE, calibrate
+from runtime.calibrate import FULL, QUICK, SMOKE, Extent, calibrate
 from runtime.demo_models import write_demo_models
 from runtime.fidelity import Protocol, run_protocol
 from sim.evidence import Evidence, load_evidence
@@ -41,13 +45,13 @@ PROTOCOL = Protocol(((Workload(100, 10), 0.5), (Workload(100, 10), 0.25), (Workl
 TINY_PROTOCOL = Protocol(((Workload(10, 3), 0.5), (Workload(6, 4), 0.3)), ("cpu-only", "stream", "scheinfer"), 4, 1, 2)
 
 
-def measure(names: Sequence[str], device: str, quick: bool) -> dict[str, Evidence]:
-    """Calibrate for each demonstration model, then run the protocol."""
-    folders, found = write_demo_models(cache_folder() / "demo"), {}
-    for name in names:
-        profile = calibrate(folders[name], device, quick)
-        found[name] = run_protocol(folders[name], profile, PROTOCOL, device)
-    return found
+def measure(names: Sequence[str], device: str, extent: Extent) -> dict[str, Evidence]:
+    """The protocol with each demonstration model."""
+    folders = write_demo_models(cache_folder() / "demo")
+    return {
+        name: run_protocol(folders[name], partial(calibrate, folders[name], device, extent=extent), PROTOCOL, device)
+        for name in names
+    }
 
 
 def measure_tiny(device: str) -> dict[str, Evidence]:
@@ -58,7 +62,8 @@ def measure_tiny(device: str) -> dict[str, Evidence]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "tiny"
         LlamaForCausalLM(config).save_pretrained(folder)
-        return {"tiny": run_protocol(folder, calibrate(folder, device, extent=SMOKE), TINY_PROTOCOL, device)}
+        again = partial(calibrate, folder, device, extent=SMOKE)
+        return {"tiny": run_protocol(folder, again, TINY_PROTOCOL, device)}
 
 
 # -- what is printed and kept -------------------------------------------------------------------------
@@ -109,13 +114,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--replay", action="store_true", help="measure nothing, replay what is in the folder")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which models to measure")
     parser.add_argument("--device", default="auto", help="auto, cuda:0 or emulated (default auto)")
-    parser.add_argument("--quick", action="store_true", help="calibrate in half a minute instead of three")
+    parser.add_argument("--full", action="store_true", help="calibrate for three minutes, five times a model, not one")
     parser.add_argument("--out", type=Path, help="folder to write to (default results/fidelity, none if --smoke)")
     flags = parser.parse_args(argv)
     out = flags.out or (None if flags.smoke else RESULTS / "fidelity")
     evidence: dict[str, Evidence] = {}
     if not flags.replay:
-        evidence = measure_tiny(flags.device) if flags.smoke else measure(flags.models, flags.device, flags.quick)
+        extent = FULL if flags.full else QUICK
+        evidence = measure_tiny(flags.device) if flags.smoke else measure(flags.models, flags.device, extent)
     if out is not None:
         for name, own in evidence.items():
             own.save(out / name)

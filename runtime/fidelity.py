@@ -1,8 +1,10 @@
 """The validation protocol: many plans of one model run for real, so that the simulator can be judged by them.
 
 choose    every policy's plan, the fastest by prediction and some drawn ones, for several workloads and budgets
+calibrate before the first visit and after every one; predictions are judged by the median calibration, so that
+          both they and the runs stand for the same stretch of time. Plans are chosen by the first
 run       with one prompt per workload and greedy tokens; plans take turns, as many at once as host memory holds,
-          and the whole round is visited twice, each time with models loaded anew: two measurements of every plan
+          and the whole round is visited several times, each time with models loaded anew
 keep      wall times of all steps, the median run's tasks and routing, memory (sim.evidence)
 
 Calibration measures other cases: a prompt of a length that it measured is refused.
@@ -23,6 +25,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from hwmodels.errors import FormatError
+from hwmodels.pool import pooled
 from hwmodels.profile import HardwareProfile
 from runtime.budget import fixed_bytes
 from runtime.checkpoint import read_config
@@ -58,8 +61,8 @@ class Protocol:
     n_drawn: int = 64
     n_spread: int = 2
     n_top: int = 5
-    visits: int = 2
-    repetitions: int = 2
+    visits: int = 4
+    repetitions: int = 1
     at_once_bytes: int = 4 << 30
     seed: int = 0
 
@@ -100,7 +103,7 @@ class _Log:
 
 def run_protocol(
     folder: Path,
-    profile: HardwareProfile,
+    calibrate: Callable[[], HardwareProfile],
     protocol: Protocol,
     device: str = "auto",
     cpu_threads: int | None = None,
@@ -108,18 +111,21 @@ def run_protocol(
 ) -> Evidence:
     """Choose plans for a checkpoint, run them, and bring back what was measured.
 
-    Raises FormatError for a workload that was calibrated, PlanError if no plan fits, ExecutionError if one fails.
+    calibrate is called before the first visit and after each. Raises FormatError for a workload that was calibrated,
+    PlanError if no plan fits, ExecutionError if one fails.
     """
-    check_held_out(profile, [workload for workload, _ in protocol.cells])
+    profiles = [calibrate()]
+    check_held_out(profiles[0], [workload for workload, _ in protocol.cells])
     spec = load_model(folder)
-    logs = [_Log(candidate) for candidate in choose(spec, profile, protocol)]
+    logs = [_Log(candidate) for candidate in choose(spec, profiles[0], protocol)]
     load = partial(load_planned, folder, device=device, cpu_threads=cpu_threads)
     total = len(logs) * protocol.visits * protocol.repetitions
     with tqdm(total=total, desc=f"run {spec.name}", unit="run", disable=not progress, leave=False) as bar:
         for visit in range(protocol.visits):
             for group in _groups(spec, logs, protocol.at_once_bytes):
                 _visit(group, visit, protocol, load, bar.update)
-    return _evidence(folder, spec, profile, logs)
+            profiles.append(calibrate())
+    return _evidence(folder, spec, pooled(profiles), logs)
 
 
 def _groups(spec: ModelSpec, logs: Sequence[_Log], at_once_bytes: int) -> Iterator[list[_Log]]:

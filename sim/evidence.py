@@ -1,8 +1,8 @@
 """Evidence: what was measured of many plans of one model, in files that today's simulator can replay.
 
-A folder holds config.json (the model's sizes), hardware.json (the profile that predictions were made with),
-cases.json (plans, workloads, memory), runs.parquet (wall time of every step of every run), spans.parquet (the
-tasks of each plan's median run) and routing.parquet (tokens per expert of that run).
+A folder holds config.json (the model's sizes), hardware.json (the profile that simulation is judged with: the median
+of all calibrations of that time), cases.json (plans, workloads, memory), runs.parquet (wall time of every step of every
+run), spans.parquet (the tasks of each plan's median run) and routing.parquet (tokens per expert of that run).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROUTING = ("plan_id", "step", "layer", "expert", "n_tokens")
 class Case:
     """One plan as it was run on a workload.
 
-    plan              with the prediction that was made before it ran
+    plan              with the prediction that was made before anything ran, by the first calibration alone
     peak_vram_bytes   most device memory held, as the device counts it
     loaded_bytes      by how much loading and a first short run made the process grow, median of its visits; None
                       where the system does not tell

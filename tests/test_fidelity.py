@@ -321,7 +321,7 @@ def test_a_case_that_did_not_run_is_named(perfect: Evidence):
 
 # -- the protocol -------------------------------------------------------------------------------------
 
-TWO_CELLS = Protocol(((Workload(10, 3), 0.5), (Workload(6, 2), 0.3)), n_drawn=4, n_spread=1, n_top=2, repetitions=1)
+TWO_CELLS = Protocol(((Workload(10, 3), 0.5), (Workload(6, 2), 0.3)), n_drawn=4, n_spread=1, n_top=2, visits=2)
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +331,12 @@ def tiny_profile(tiny_checkpoint: TinyCheckpoint) -> HardwareProfile:
 
 @pytest.mark.slow
 def test_the_protocol_runs_every_plan_twice_and_replays(tiny_checkpoint: TinyCheckpoint, tiny_profile: HardwareProfile):
-    found = run_protocol(tiny_checkpoint("mixtral"), tiny_profile, TWO_CELLS, "emulated", progress=False)
+    slow, fast = (tiny_profile.with_(handoff_s=dict.fromkeys(tiny_profile.handoff_s, s)) for s in (4e-3, 1e-3))
+    calibrations = iter((slow, fast, fast))
+    folder = tiny_checkpoint("mixtral")
+    found = run_protocol(folder, calibrations.__next__, TWO_CELLS, "emulated", progress=False)
+    assert next(calibrations, None) is None, "calibrated before the first visit and after each"
+    assert set(found.profile.handoff_s.values()) == {1e-3}, "judged by the median of all"
     assert set(found.runs.groupby("plan_id")["visit"].nunique()) == {2}
     assert len({case.tokens for case in found.cases if case.workload.n_gen == 3}) == 1, "one stream of tokens"
     tables = replay(found)

@@ -1,0 +1,131 @@
+"""Several calibrations of one machine as one: what a shared machine does from minute to minute cancels.
+
+A calibration of a minute tells that minute's speed. Where what is predicted runs for longer, or later, the machine
+is calibrated again between the runs, and the median over all calibrations stands beside the median over all runs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from statistics import median
+
+from hwmodels.calibrate import fastest, with_best_laws
+from hwmodels.errors import FormatError
+from hwmodels.profile import AXES, Cold, Contention, Curve, HardwareProfile, Repeats, Sample
+
+_LOAD = "others_load"
+
+
+def pooled(profiles: Sequence[HardwareProfile]) -> HardwareProfile:
+    """The machine whose every number is the median of what the profiles, oldest first, say of it.
+
+    A number's spread is the widest that any of them found, or the range of their medians if that is wider. Memory is
+    the least that was to be had. FormatError if there is none, or if they are of other machines or other measurements.
+    """
+    if not profiles:
+        raise FormatError("no profile to pool; expected at least one")
+    first, *others = profiles
+    if not others:
+        return first
+    for other in others:
+        _check_alike(first, other)
+    curves = tuple(_curve(same) for same in zip(*(_ordered(p.curves) for p in profiles), strict=True))
+    notes = dict.fromkeys(note for p in profiles for note in p.notes)
+    return replace(
+        first,
+        created=profiles[-1].created,
+        fingerprint={**first.fingerprint, _LOAD: ", ".join(p.fingerprint.get(_LOAD, "unknown") for p in profiles)},
+        vram_bytes=min(p.vram_bytes for p in profiles),
+        host_bytes=min(p.host_bytes for p in profiles),
+        peaks={name: fastest(curves, name) for name in first.peaks},  # type: ignore[arg-type]
+        curves=curves,
+        handoff_s={pair: median(p.handoff_s[pair] for p in profiles) for pair in first.handoff_s},
+        handoff_repeats={
+            pair: _repeats([p.handoff_s[pair] for p in profiles], [p.handoff_repeats[pair] for p in profiles])
+            for pair in first.handoff_repeats
+        },
+        contention=tuple(_contention(same) for same in zip(*(p.contention for p in profiles), strict=True)),
+        cold=tuple(_cold(same) for same in zip(*(p.cold for p in profiles), strict=True)),
+        notes=(f"Medians of {len(profiles)} calibrations, the first of {first.created}.", *notes),
+    )
+
+
+def _check_alike(one: HardwareProfile, other: HardwareProfile) -> None:
+    """FormatError if two profiles say different things, whatever the numbers."""
+    for what, of in _FACTS.items():
+        if of(one) != of(other):
+            raise FormatError(
+                f"profiles {one.name} of {one.created} and {other.name} of {other.created} differ in {what}: pool "
+                f"calibrations of one machine, one model and one extent"
+            )
+
+
+_FACTS: dict[str, Callable[[HardwareProfile], object]] = {
+    "device": lambda p: p.device,
+    "machine or software": lambda p: {name: value for name, value in p.fingerprint.items() if name != _LOAD},
+    "threads": lambda p: p.cpu_threads,
+    "what curves measured": lambda p: [(_name(c), [_point(c, s) for s in c.samples]) for c in _ordered(p.curves)],
+    "hand-offs": lambda p: (sorted(p.handoff_s), sorted(p.handoff_repeats)),
+    "sets of contention": lambda p: [(c.active, c.computing, bool(c.repeats)) for c in p.contention],
+    "waits": lambda p: len(p.cold),
+}
+
+
+def _name(curve: Curve) -> tuple[str, str, str, int, str]:
+    return curve.resource, curve.op, curve.dtype, curve.threads, curve.source
+
+
+def _ordered(curves: Iterable[Curve]) -> list[Curve]:
+    return sorted(curves, key=_name)
+
+
+def _point(curve: Curve, sample: Sample) -> tuple[float, float]:
+    x, y = AXES[curve.op]
+    return float(getattr(sample, x)), float(getattr(sample, y))
+
+
+def _curve(same: Sequence[Curve]) -> Curve:
+    points: dict[tuple[float, float], list[Sample]] = defaultdict(list)
+    for curve in same:
+        for sample in curve.samples:
+            points[_point(curve, sample)].append(sample)
+    return with_best_laws(replace(same[0], samples=tuple(_sample(found) for found in points.values())))
+
+
+def _sample(found: Sequence[Sample]) -> Sample:
+    medians_s = [s.median_s for s in found]
+    return replace(
+        found[0],
+        median_s=median(medians_s),
+        spread_s=_spread(medians_s, [s.spread_s for s in found]),
+        count=sum(s.count for s in found),
+        outliers=sum(s.outliers for s in found),
+    )
+
+
+def _repeats(values: Sequence[float], found: Sequence[Repeats]) -> Repeats:
+    return Repeats(_spread(values, [r.spread for r in found]), sum(r.count for r in found))
+
+
+def _spread(values: Sequence[float], spreads: Sequence[float]) -> float:
+    return max(max(values) - min(values), *spreads)
+
+
+def _contention(same: Sequence[Contention]) -> Contention:
+    first = same[0]
+    return replace(
+        first,
+        rate={name: median(c.rate[name] for c in same) for name in first.rate},
+        repeats={
+            name: _repeats([c.rate[name] for c in same], [c.repeats[name] for c in same]) for name in first.repeats
+        },
+    )
+
+
+def _cold(same: Sequence[Cold]) -> Cold:
+    known = [c.repeats for c in same if c.repeats is not None]
+    factors = [c.factor for c in same]
+    repeats = _repeats(factors, known) if known else None
+    return replace(same[0], waited_s=median(c.waited_s for c in same), factor=median(factors), repeats=repeats)
