@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from hwmodels.errors import FormatError, ProfileError
@@ -47,15 +50,12 @@ def _check_dtype(field_name: str, dtype: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """A time and what it rests on.
-
-    computing_s is how much longer FLOPs take than four times its bytes, at peak: above zero work computes, else it
-    reads. Between is a slope, and what reads a quarter of its time still slows the link as if it read.
-    """
+    """A time and what it rests on; flops_s and bytes_s are what FLOPs and bytes would take alone, at peak."""
 
     seconds: float
     evidence: Evidence
-    computing_s: float
+    flops_s: float
+    bytes_s: float
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,21 @@ class Peak:
 
 
 _FAR_BEYOND = 4
-"""How many times as long as bytes FLOPs take where work computes. Between once and this it is a slope: experts of 25
-tokens, 2.5 times, were slowed more nearly as work that reads is (experiments.contention)."""
+"""How many times as long as bytes FLOPs take where work does nothing but compute."""
+
+
+def computing_share(flops_s: float, bytes_s: float) -> float:
+    """How far work computes rather than reads: 0 where FLOPs take no longer than bytes, 1 from four times as long.
+
+    Between the two lies a slope: experts of 25 tokens, 2.5 times, were slowed 1.12 and 1.35 times, by rates of reading
+    it would have been 1.28 and 1.32, by those of computing 1.01 and 1.06 (experiments.contention).
+    """
+    if flops_s <= bytes_s:
+        return 0.0
+    return min(1.0, (flops_s / bytes_s - 1.0) / (_FAR_BEYOND - 1.0)) if bytes_s > 0 else 1.0
+
+
+_READING: Mapping[str, float] = MappingProxyType({})
 _SOURCED = ("vram_bytes", "host_bytes", "cpu_threads", "handoff_s")
 
 
@@ -283,10 +296,10 @@ class HardwareProfile:
     def _time_s(self, resource: Resource, work: Work) -> Cost:
         peak = self.peak(resource)
         roof_s = peak.roofline_s(work.dtype, work.flops, work.bytes)
-        computing_s = peak.roofline_s(work.dtype, work.flops, 0.0) - _FAR_BEYOND * work.bytes / peak.bytes_per_s
+        alone_s = peak.roofline_s(work.dtype, work.flops, 0.0), work.bytes / peak.bytes_per_s
         curve = self.curve(resource, work.op, work.dtype)
         if curve is None:
-            return Cost(peak.fixed_s + roof_s / peak.efficiency, "specified", computing_s)
+            return Cost(peak.fixed_s + roof_s / peak.efficiency, "specified", *alone_s)
         x_name, y_name = AXES[work.op]
         x, y = float(getattr(work, x_name)), float(getattr(work, y_name))
         point = curve.grid.locate(x, y)
@@ -296,9 +309,9 @@ class HardwareProfile:
         inside = point.inside and same_shape
         seconds = point.value if inside or measured_roof_s <= 0 else point.value * roof_s / measured_roof_s
         if curve.source != "measured":
-            return Cost(seconds, "specified", computing_s)
+            return Cost(seconds, "specified", *alone_s)
         evidence: Evidence = "extrapolated" if not inside else "measured" if point.exact else "interpolated"
-        return Cost(seconds, evidence, computing_s)
+        return Cost(seconds, evidence, *alone_s)
 
     def peak(self, resource: Resource) -> Peak:
         """The peak rates of a resource; ProfileError if the machine has none."""
@@ -332,12 +345,29 @@ class HardwareProfile:
         """Resources of which contention knows other rates for work that computes than for work that reads."""
         return frozenset(name for entry in self.contention for name in entry.computing)
 
-    def computing(self, works: dict[Resource, Work]) -> frozenset[str]:
-        """The resources whose work computes, where contention tells that from work that reads."""
-        return frozenset(r for r in works if r in self.told_apart and self.time_s(r, works[r]).computing_s > 0)
+    def computing(self, works: Mapping[Resource, Work]) -> dict[str, float]:
+        """How far each resource's work computes, where contention tells that from work that reads."""
+        costs = {r: self.time_s(r, work) for r, work in works.items() if r in self.told_apart}
+        return {r: computing_share(cost.flops_s, cost.bytes_s) for r, cost in costs.items()}
 
-    def rates(self, active: frozenset[str], computing: frozenset[str] = frozenset()) -> dict[str, float]:
-        """Rate of each active resource beside the others, 1.0 alone; computing are those whose work computes.
+    def rates(self, active: frozenset[str], computing: Mapping[str, float] = _READING) -> dict[str, float]:
+        """Rate of each active resource beside the others, 1.0 alone; computing says how far the work of each computes.
+
+        Between reading and computing time is linear: work is taken to compute for its share of a time, all that do so
+        at the same time.
+        """
+        levels = sorted({0.0, 1.0, *computing.values()})
+        if len(levels) == 2:
+            return self._rates(active, frozenset(name for name, share in computing.items() if share))
+        slowed = dict.fromkeys(active, 0.0)
+        for low, high in pairwise(levels):
+            found = self._rates(active, frozenset(name for name, share in computing.items() if share >= high))
+            for name, rate in found.items():
+                slowed[name] += (high - low) / rate
+        return {name: min(1.0, 1.0 / times) for name, times in slowed.items()}
+
+    def _rates(self, active: frozenset[str], computing: frozenset[str]) -> dict[str, float]:
+        """Rates where some work computes and all other reads.
 
         The largest known subset's factors apply; resources outside it take their worst known pair. Where a set
         was not measured with such work, or work is not told apart at all, its rates of work that reads apply.

@@ -33,7 +33,7 @@ class Contention:
     """Rates, relative to running alone, of the resources that are active together.
 
     repeats    says of each rate how it was measured, where it was
-    computing  those of CPU and GPU whose work computes (Cost.computing_s); the others read
+    computing  those of CPU and GPU whose work computes (hwmodels.profile.computing_share); the others read
     """
 
     active: tuple[Resource, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hwmodels.profile import RESOURCES, HardwareProfile
+from hwmodels.profile import RESOURCES, HardwareProfile, computing_share
 from sim.graph import TaskGraph
 
 EVIDENCE = ("measured", "interpolated", "extrapolated", "specified")
@@ -18,14 +18,14 @@ class Prices:
     duration_s  seconds that each task holds its resource
     lag_s       per task and dependency: seconds between the dependency's end and the task's earliest start
     evidence    how many costs were measured, interpolated, extrapolated or specified
-    computing   per task: does it compute rather than read, where contention tells these apart? Empty: none does
+    computing   per task: how far it computes rather than reads, where contention tells these apart; empty: all read
     cold        (seconds waited, how much longer what is not an MLP takes then), rising
     """
 
     duration_s: list[float]
     lag_s: list[tuple[float, ...]]
     evidence: dict[str, int]
-    computing: Sequence[bool] = ()
+    computing: Sequence[float] = ()
     cold: tuple[tuple[float, float], ...] = ()
 
 
@@ -37,14 +37,15 @@ def price(graph: TaskGraph, profile: HardwareProfile) -> Prices:
     evidence = dict.fromkeys(EVIDENCE, 0)
     durations, computing, told_apart = [], [], profile.told_apart
     for task in graph.tasks:
-        duration_s = computing_s = 0.0
+        duration_s = flops_s = bytes_s = 0.0
         for work in task.works:
             cost = profile.time_s(task.resource, work)
             duration_s += cost.seconds
-            computing_s += cost.computing_s
+            flops_s += cost.flops_s
+            bytes_s += cost.bytes_s
             evidence[cost.evidence] += 1
         durations.append(duration_s)
-        computing.append(computing_s > 0 and task.resource in told_apart)
+        computing.append(computing_share(flops_s, bytes_s) if task.resource in told_apart else 0.0)
     cold = tuple((entry.waited_s, entry.factor) for entry in profile.cold)
     return Prices(durations, _lags(graph, profile), evidence, computing, cold)
 

@@ -5,7 +5,7 @@ resource is free and every dependency has ended and been handed over; tasks behi
 
 Resources share DRAM, so tasks in flight slow each other. With a rate table each of them has work left
 and progresses at the rate of the set of resources now active; when the set changes, the work left is
-brought up to date and the end is set anew. Rates also depend on whose work computes and whose reads memory.
+brought up to date and the end is set anew. Rates also depend on how far work computes rather than reads memory.
 What is not an MLP takes longer after its thread waited: prices.cold says how much.
 
 SimPy is used through callbacks on Timeout, without processes: an event per task, not five.
@@ -26,8 +26,8 @@ from sim.cost import Prices
 from sim.graph import REST, TaskGraph
 from sim.timeline import Span, Timeline
 
-Rates = Callable[[frozenset[str], frozenset[str]], Mapping[str, float]]
-"""Relative rate of each of the resources that are active together, and those whose work computes
+Rates = Callable[[frozenset[str], Mapping[str, float]], Mapping[str, float]]
+"""Relative rate of each of the resources that are active together, given how far their work computes
 (HardwareProfile.rates)."""
 
 
@@ -67,7 +67,9 @@ def check_prices(graph: TaskGraph, prices: Prices) -> None:
     if len(prices.duration_s) != len(graph) or len(prices.lag_s) != len(graph):
         raise GraphError(f"{len(prices.duration_s)} durations and {len(prices.lag_s)} lags for {len(graph)} tasks")
     if len(prices.computing) not in (0, len(graph)):
-        raise GraphError(f"computing says of {len(prices.computing)} tasks whether they compute, not of {len(graph)}")
+        raise GraphError(f"computing says of {len(prices.computing)} tasks how far they compute, not of {len(graph)}")
+    if any(not 0.0 <= share <= 1.0 for share in prices.computing):
+        raise GraphError(f"tasks compute by shares of {min(prices.computing)} to {max(prices.computing)}, not 0 to 1")
     infinite = math.inf
     for i, (duration_s, lags) in enumerate(zip(prices.duration_s, prices.lag_s, strict=True)):
         if not 0.0 <= duration_s < infinite or any(not 0.0 <= lag < infinite for lag in lags):
@@ -76,10 +78,22 @@ def check_prices(graph: TaskGraph, prices: Prices) -> None:
 
 
 _BITS = [1 << r for r in range(len(RESOURCES))]
+_LEVELS, _LEVEL_BITS = 8, 4
+"""How far work computes is counted in eighths: rates are asked for once per set of resources and levels."""
 
 
 def _names(bits: int) -> frozenset[str]:
     return frozenset(name for bit, name in zip(_BITS, RESOURCES, strict=True) if bits & bit)
+
+
+def _at_level(r: int, share: float) -> int:
+    """Bits that say how far the work of a resource computes."""
+    return round(share * _LEVELS) << (len(RESOURCES) + r * _LEVEL_BITS)
+
+
+def _computing(bits: int) -> dict[str, float]:
+    levels = {name: (bits >> len(RESOURCES) + r * _LEVEL_BITS) % (1 << _LEVEL_BITS) for r, name in enumerate(RESOURCES)}
+    return {name: level / _LEVELS for name, level in levels.items() if level}
 
 
 class _Run:
@@ -155,11 +169,11 @@ class _SharedRun(_Run):
         super().__init__(graph, prices, start_s)
         self.rates_of = rates_of
         self.known: dict[int, list[float]] = {}
-        self.active = 0  # a bit per resource, and above these a bit per resource whose task computes
+        self.active = 0  # a bit per resource, and above these how far its task computes
         self.bits = [_BITS[r] for r in self.resource]
-        for i, computes in enumerate(prices.computing):
-            if computes:
-                self.bits[i] |= self.bits[i] << len(RESOURCES)
+        for i, share in enumerate(prices.computing):
+            if share:
+                self.bits[i] |= _at_level(self.resource[i], share)
         self.caller = _Caller(graph, prices) if prices.cold else None
         self.task = [-1 for _ in RESOURCES]
         self.left_s, self.since_s, self.rate = ([0.0 for _ in RESOURCES] for _ in range(3))
@@ -216,8 +230,8 @@ class _SharedRun(_Run):
 
     def _rates(self) -> list[float]:
         """Rates of the active resources, zero for the others."""
-        names, computing = _names(self.active), _names(self.active >> len(RESOURCES))
-        given = self.rates_of(names, computing)
+        names = _names(self.active)
+        given = self.rates_of(names, _computing(self.active))
         for name in names:
             if not 0.0 < given.get(name, 1.0) < math.inf:
                 found = f"{name} runs at a rate of {given[name]} beside {sorted(names)}"

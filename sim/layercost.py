@@ -283,7 +283,7 @@ class Slowdown:
 def slowdown(profile: HardwareProfile, spec: ModelSpec, n_tokens: int) -> Slowdown | None:
     """The estimate for steps of so many tokens; None where nothing slows anything.
 
-    Whether MLP parts compute or read is judged by one expert with its mean number of tokens.
+    How far MLP parts compute or read is judged by one expert with its mean number of tokens.
     """
     layer = max(range(spec.n_layers), key=lambda i: spec.layers[i].ffn.n_experts)
     ffn = spec.layers[layer].ffn

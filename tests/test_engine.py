@@ -178,21 +178,28 @@ def test_rates_change_when_work_that_computes_follows_work_that_reads() -> None:
     assert schedule(made, price(made, BOTH), BOTH.rates)[1] == [6.5, 2, 6]
 
 
-def test_a_task_computes_if_flops_take_four_times_as_long_as_bytes_over_all_its_work() -> None:
-    few, many = (Work("ffn", "float32", n, float(n), 4.0) for n in (1, 24))
-    tasks = [Task(name, "cc", CPU, works) for name, works in {"few": (few,), "both": (few, many)}.items()]
-    assert price(graph(tasks), BOTH).computing == [False, False]  # 1 s and 4 x 4 s; 25 s and 4 x 8 s
-    assert price(graph([Task("most", "cc", CPU, (few, many, many))]), BOTH).computing == [True]  # 49 s and 4 x 12 s
+def test_work_between_reading_and_computing_has_rates_between() -> None:
+    # 20 FLOPs and 8 bytes: 2.5 times as long, half way from once to four times. Beside r the link takes twice as long,
+    # beside c four times, so three times beside half of each, and the CPU one and a half times.
+    half = Task("c", "cc", CPU, (Work("ffn", "float32", 1, 20.0, 8.0),))
+    made = graph([task("w", H2D, 2), half])
+    assert schedule(made, price(made, BOTH), BOTH.rates)[1] == [pytest.approx(6.0), pytest.approx(22.0)]
+
+
+def test_a_task_computes_by_all_its_work() -> None:
+    few, many = (Work("ffn", "float32", n, float(n), 4.0) for n in (1, 23))
+    tasks = [Task("few", "cc", CPU, (few,)), Task("both", "cc", CPU, (few, many)), task("c", CPU, 4)]
+    assert price(graph(tasks), BOTH).computing == [0.0, 2 / 3, 1.0]  # 1 s and 4 s; 24 s and 8 s; 4 s and none
 
 
 def test_no_task_is_told_to_compute_where_contention_knows_no_such_rates() -> None:
     made = graph([task("c", CPU, 4), task("g", GPU, 4)])
-    assert price(made, HALF).computing == [False, False]
-    assert price(made, BOTH).computing == [True, False]
+    assert price(made, HALF).computing == [0.0, 0.0]
+    assert price(made, BOTH).computing == [1.0, 0.0]
 
 
 def test_computing_of_other_tasks_is_refused() -> None:
-    with pytest.raises(GraphError, match="computing says of 2 tasks whether they compute, not of 1"):
+    with pytest.raises(GraphError, match="computing says of 2 tasks how far they compute, not of 1"):
         schedule(graph([task("c", CPU, 1)]), Prices([1.0], [()], {}, [True, False]))
 
 
@@ -311,7 +318,7 @@ def test_contention_never_helps_and_costs_no_more_than_the_lowest_rate(
 def test_equal_rates_for_both_kinds_of_work_are_one_table(made: tuple[TaskGraph, Prices], seed: int) -> None:
     tasks, prices = made
     own = some_rates(seed)
-    alike = schedule(tasks, prices, lambda active, computing: own(active, frozenset()))
+    alike = schedule(tasks, prices, lambda active, computing: own(active, {}))
     assert alike == schedule(tasks, replace(prices, computing=()), own)
 
 

@@ -146,18 +146,18 @@ BOTH = replace(
 
 
 def test_work_that_computes_has_rates_of_its_own_where_they_were_measured():
-    assert BOTH.rates(frozenset({"CPU", "H2D"}), frozenset({"CPU"})) == {"CPU": 0.9, "H2D": 0.7}
+    assert BOTH.rates(frozenset({"CPU", "H2D"}), {"CPU": 1.0}) == {"CPU": 0.9, "H2D": 0.7}
     assert BOTH.rates(frozenset({"CPU", "H2D"})) == {"CPU": 0.5, "H2D": 0.8}
 
 
 def test_a_gpu_that_computes_beside_does_not_change_the_rates_of_a_pair():
     active = frozenset({"CPU", "H2D", "GPU"})
-    assert BOTH.rates(active, frozenset({"GPU"})) == {"CPU": 0.5, "H2D": 0.8, "GPU": 1.0}
-    assert BOTH.rates(active, frozenset({"CPU", "GPU"})) == {"CPU": 0.9, "H2D": 0.7, "GPU": 1.0}
+    assert BOTH.rates(active, {"GPU": 1.0}) == {"CPU": 0.5, "H2D": 0.8, "GPU": 1.0}
+    assert BOTH.rates(active, {"CPU": 1.0, "GPU": 1.0}) == {"CPU": 0.9, "H2D": 0.7, "GPU": 1.0}
 
 
 def test_without_rates_of_computing_those_of_reading_answer_for_all_work():
-    assert PROFILE.rates(frozenset({"CPU", "H2D"}), frozenset({"CPU"})) == PROFILE.rates(frozenset({"CPU", "H2D"}))
+    assert PROFILE.rates(frozenset({"CPU", "H2D"}), {"CPU": 1.0}) == PROFILE.rates(frozenset({"CPU", "H2D"}))
     assert PROFILE.told_apart == frozenset()
 
 
@@ -166,11 +166,44 @@ def test_two_entries_of_one_kind_of_work_are_refused():
         replace(BOTH, contention=(*BOTH.contention, BOTH.contention[1]))
 
 
-def test_work_computes_far_beyond_the_ridge_of_the_roofline():
+def test_work_computes_by_how_far_it_is_beyond_the_ridge_of_the_roofline():
     # a FLOP and a byte take a second each: two FLOPs per token and weight, four bytes per weight
-    works = {n: Work("ffn", "float32", n, 20.0 * n, 40.0) for n in (1, 3, 8, 9, 32)}
-    assert [n for n, one in works.items() if BOTH.computing({"CPU": one})] == [9, 32]
+    works = {n: Work("ffn", "float32", n, 20.0 * n, 40.0) for n in (1, 2, 5, 8, 32)}
+    assert [BOTH.computing({"CPU": one})["CPU"] for one in works.values()] == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert BOTH.computing({"CPU": Work("ffn", "float32", 1, 1.0, 0.0)}) == {"CPU": 1.0}
     assert not PROFILE.computing({"CPU": works[32]})
+
+
+ACTIVE = frozenset({"CPU", "GPU"})
+APART = replace(
+    PROFILE,
+    contention=(
+        Contention(("CPU", "GPU"), {"CPU": 0.25, "GPU": 0.5}, "measured"),
+        Contention(("CPU", "GPU"), {"CPU": 1.0, "GPU": 0.8}, "measured", computing=("CPU", "GPU")),
+    ),
+)
+shares = st.floats(0.0, 1.0)
+
+
+def test_half_way_from_reading_to_computing_times_are_half_way():
+    # 4 and 1 times as long: 2.5; 2 and 1.25 times: 1.625
+    assert APART.rates(ACTIVE, {"CPU": 0.5, "GPU": 0.5}) == {
+        "CPU": pytest.approx(1 / 2.5),
+        "GPU": pytest.approx(1 / 1.625),
+    }
+
+
+def test_beside_work_that_reads_computing_was_not_measured_and_changes_nothing():
+    assert APART.rates(ACTIVE, {"CPU": 0.5}) == APART.rates(ACTIVE) == {"CPU": 0.25, "GPU": 0.5}
+
+
+@given(shares, shares, shares)
+def test_rates_lie_between_those_of_reading_and_computing_and_follow_the_shares(cpu: float, gpu: float, more: float):
+    reading, computing = APART.rates(ACTIVE), APART.rates(ACTIVE, {"CPU": 1.0, "GPU": 1.0})
+    found = APART.rates(ACTIVE, {"CPU": cpu, "GPU": gpu})
+    further = APART.rates(ACTIVE, {"CPU": max(cpu, more), "GPU": max(gpu, more)})
+    for name in ACTIVE:
+        assert reading[name] - 1e-12 <= found[name] <= further[name] + 1e-12 <= computing[name] + 2e-12
 
 
 # -- files --------------------------------------------------------------------------------------------
