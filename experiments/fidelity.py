@@ -1,17 +1,17 @@
 """Can the simulator be trusted to choose a plan?
 
-    python -m experiments.fidelity                    20 minutes on 2 cores; writes experiments/results/fidelity/
+    python -m experiments.fidelity                    25 minutes on 2 cores; writes experiments/results/fidelity/
     python -m experiments.fidelity --models tiny-llama    one model; the other's evidence stays as it is
     python -m experiments.fidelity --replay           10 s: today's simulator over the evidence that is there
     python -m experiments.fidelity --smoke            30 s on a tiny shape; writes nowhere unless --out is given
 
 Two small checkpoints (a Mixtral and a Llama of random weights, each many times larger than the caches) run on this
 machine by many plans: every policy, the best that the search finds and some drawn at random, in three cells of
-workload and device memory. Profiles are calibrated on other steps than those that run. All plans take turns, four
-times, with models loaded anew; what the last two times differ from the first two is the noise, which no prediction can
-go below. The machine is calibrated before, between and after, and what is simulated rests on the median of these: the
-speed of a shared machine changes within minutes, and one calibration would tell of one minute. What was predicted
-before anything ran rests on the first calibration alone, and stands beside it.
+workload and device memory. Profiles are calibrated on other steps than those that run. All plans take turns, six
+times, with models loaded anew; what the last three times differ from the first three is the noise. The machine is
+calibrated before, between and after, and what is simulated rests on the mean of these: the speed of a shared machine
+changes within seconds, and one calibration would tell of one minute. What was predicted before anything ran rests on
+the first calibration alone, and stands beside it.
 
 One should see step errors of a few per cent, hardly above the noise, and that the plan predicted best is among
 the best measured. On a machine without a GPU the device is emulated, and the rows say so.
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--replay", action="store_true", help="measure nothing, replay what is in the folder")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which models to measure")
     parser.add_argument("--device", default="auto", help="auto, cuda:0 or emulated (default auto)")
-    parser.add_argument("--full", action="store_true", help="calibrate for three minutes, five times a model, not one")
+    parser.add_argument("--full", action="store_true", help="calibrate for six minutes, not one, seven times a model")
     parser.add_argument("--out", type=Path, help="folder to write to (default results/fidelity, none if --smoke)")
     flags = parser.parse_args(argv)
     out = flags.out or (None if flags.smoke else RESULTS / "fidelity")

@@ -108,11 +108,16 @@ def handoffs(delays_s: Mapping[str, Sequence[float]]) -> Part:
     and in a step they add up. A tenth at either end does not count.
     """
     known = {pair: values for pair, values in sorted(delays_s.items()) if values}
-    means = {pair: max(0.0, _trimmed_mean(values)) for pair, values in known.items()}
+    means = {pair: max(0.0, trimmed_mean(values)) for pair, values in known.items()}
     return Part(handoff_s=means, handoff_repeats={pair: repeats(values) for pair, values in known.items()})
 
 
-def _trimmed_mean(values: Sequence[float]) -> float:
+def trimmed_mean(values: Sequence[float]) -> float:
+    """Mean without a tenth at either end, at least one of more than two.
+
+    A machine that others use too has two speeds or more, by turns: the median of few times is one of them, the mean of
+    all is thrown by a single stall.
+    """
     cut = max(1, len(values) // 10) if len(values) > 2 else 0
     return statistics.fmean(sorted(values)[cut : len(values) - cut])
 

@@ -1,27 +1,29 @@
 """Several calibrations of one machine as one: what a shared machine does from minute to minute cancels.
 
 A calibration of a minute tells that minute's speed. Where what is predicted runs for longer, or later, the machine
-is calibrated again between the runs, and the median over all calibrations stands beside the median over all runs.
+is calibrated again between the runs, and the mean over the calibrations stands beside the mean over the runs, both
+without the fastest and the slowest (hwmodels.calibrate.trimmed_mean).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from statistics import median
+from typing import TypeVar
 
-from hwmodels.calibrate import fastest, with_best_laws
+from hwmodels.calibrate import fastest, trimmed_mean, with_best_laws
 from hwmodels.errors import FormatError
 from hwmodels.profile import AXES, Cold, Contention, Curve, HardwareProfile, Repeats, Sample
 
 _LOAD = "others_load"
+T = TypeVar("T")
 
 
 def pooled(profiles: Sequence[HardwareProfile]) -> HardwareProfile:
-    """The machine whose every number is the median of what the profiles, oldest first, say of it.
+    """The machine whose every number is the trimmed mean of what the profiles that know it, oldest first, say of it.
 
-    A number's spread is the widest that any of them found, or the range of their medians if that is wider. Memory is
+    A number's spread is the widest that any of them found, or the range of theirs if that is wider. Memory is
     the least that was to be had. FormatError if there is none, or if they are of other machines or other measurements.
     """
     if not profiles:
@@ -41,14 +43,11 @@ def pooled(profiles: Sequence[HardwareProfile]) -> HardwareProfile:
         host_bytes=min(p.host_bytes for p in profiles),
         peaks={name: fastest(curves, name) for name in first.peaks},  # type: ignore[arg-type]
         curves=curves,
-        handoff_s={pair: median(p.handoff_s[pair] for p in profiles) for pair in first.handoff_s},
-        handoff_repeats={
-            pair: _repeats([p.handoff_s[pair] for p in profiles], [p.handoff_repeats[pair] for p in profiles])
-            for pair in first.handoff_repeats
-        },
+        handoff_s={pair: trimmed_mean(found) for pair, found in _by_pair(p.handoff_s for p in profiles).items()},
+        handoff_repeats=_handoff_repeats(profiles),
         contention=tuple(_contention(same) for same in zip(*(p.contention for p in profiles), strict=True)),
         cold=tuple(_cold(same) for same in zip(*(p.cold for p in profiles), strict=True)),
-        notes=(f"Medians of {len(profiles)} calibrations, the first of {first.created}.", *notes),
+        notes=(f"The mean of {len(profiles)} calibrations, the first of {first.created}.", *notes),
     )
 
 
@@ -67,7 +66,6 @@ _FACTS: dict[str, Callable[[HardwareProfile], object]] = {
     "machine or software": lambda p: {name: value for name, value in p.fingerprint.items() if name != _LOAD},
     "threads": lambda p: p.cpu_threads,
     "what curves measured": lambda p: [(_name(c), [_point(c, s) for s in c.samples]) for c in _ordered(p.curves)],
-    "hand-offs": lambda p: (sorted(p.handoff_s), sorted(p.handoff_repeats)),
     "sets of contention": lambda p: [(c.active, c.computing, bool(c.repeats)) for c in p.contention],
     "waits": lambda p: len(p.cold),
 }
@@ -98,7 +96,7 @@ def _sample(found: Sequence[Sample]) -> Sample:
     medians_s = [s.median_s for s in found]
     return replace(
         found[0],
-        median_s=median(medians_s),
+        median_s=trimmed_mean(medians_s),
         spread_s=_spread(medians_s, [s.spread_s for s in found]),
         count=sum(s.count for s in found),
         outliers=sum(s.outliers for s in found),
@@ -113,11 +111,26 @@ def _spread(values: Sequence[float], spreads: Sequence[float]) -> float:
     return max(max(values) - min(values), *spreads)
 
 
+def _by_pair(tables: Iterable[Mapping[str, T]]) -> dict[str, list[T]]:
+    """What is known of every pair of resources: not every calibration meets each of them."""
+    found: dict[str, list[T]] = defaultdict(list)
+    for table in tables:
+        for pair, value in table.items():
+            found[pair].append(value)
+    return found
+
+
+def _handoff_repeats(profiles: Sequence[HardwareProfile]) -> dict[str, Repeats]:
+    known = _by_pair(p.handoff_repeats for p in profiles)
+    values = _by_pair(p.handoff_s for p in profiles)
+    return {pair: _repeats(values[pair], found) for pair, found in known.items()}
+
+
 def _contention(same: Sequence[Contention]) -> Contention:
     first = same[0]
     return replace(
         first,
-        rate={name: median(c.rate[name] for c in same) for name in first.rate},
+        rate={name: trimmed_mean([c.rate[name] for c in same]) for name in first.rate},
         repeats={
             name: _repeats([c.rate[name] for c in same], [c.repeats[name] for c in same]) for name in first.repeats
         },
@@ -128,4 +141,6 @@ def _cold(same: Sequence[Cold]) -> Cold:
     known = [c.repeats for c in same if c.repeats is not None]
     factors = [c.factor for c in same]
     repeats = _repeats(factors, known) if known else None
-    return replace(same[0], waited_s=median(c.waited_s for c in same), factor=median(factors), repeats=repeats)
+    return replace(
+        same[0], waited_s=trimmed_mean([c.waited_s for c in same]), factor=trimmed_mean(factors), repeats=repeats
+    )

@@ -1,7 +1,7 @@
 """The validation protocol: many plans of one model run for real, so that the simulator can be judged by them.
 
 choose    every policy's plan, the fastest by prediction and some drawn ones, for several workloads and budgets
-calibrate before the first visit and after every one; predictions are judged by the median calibration, so that
+calibrate before the first visit and after every one; simulation is judged by their mean, so that
           both they and the runs stand for the same stretch of time. Plans are chosen by the first
 run       with one prompt per workload and greedy tokens; plans take turns, as many at once as host memory holds,
           and the whole round is visited several times, each time with models loaded anew
@@ -61,7 +61,7 @@ class Protocol:
     n_drawn: int = 64
     n_spread: int = 2
     n_top: int = 5
-    visits: int = 4
+    visits: int = 6
     repetitions: int = 1
     at_once_bytes: int = 4 << 30
     seed: int = 0
@@ -125,6 +125,7 @@ def run_protocol(
             for group in _groups(spec, logs, protocol.at_once_bytes):
                 _visit(group, visit, protocol, load, bar.update)
             profiles.append(calibrate())
+            pooled(profiles)  # what cannot be pooled is told now, not after the last visit
     return _evidence(folder, spec, pooled(profiles), logs)
 
 

@@ -1,6 +1,6 @@
 """Evidence: what was measured of many plans of one model, in files that today's simulator can replay.
 
-A folder holds config.json (the model's sizes), hardware.json (the profile that simulation is judged with: the median
+A folder holds config.json (the model's sizes), hardware.json (the profile that simulation is judged with: the mean
 of all calibrations of that time), cases.json (plans, workloads, memory), runs.parquet (wall time of every step of every
 run), spans.parquet (the tasks of each plan's median run) and routing.parquet (tokens per expert of that run).
 """

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from hwmodels.calibrate import trimmed_mean
 from hwmodels.errors import FormatError
 from sim.anatomy import anatomy
 from sim.compare import compare
@@ -24,7 +25,7 @@ TIMES = ("ttft_s", "tpot_s", "total_s")
 class Replayed:
     """Tables of measured against simulated.
 
-    cases    a row per plan: measured ttft_s, tpot_s, total_s (medians of its runs); the same simulated with
+    cases    a row per plan: measured ttft_s, tpot_s, total_s (trimmed means of its runs); the same simulated with
              the routing that occurred (simulated_), without contention (isolated_), as predicted before any
              run (predicted_), and of the first and the second half of the visits (first_, second_); memory
     steps    a row per plan and step: measured_s, simulated_s, isolated_s, first_s, second_s
@@ -66,14 +67,18 @@ def replay(evidence: Evidence) -> Replayed:
 
 
 def _steps(runs: pd.DataFrame, shared: Timeline, isolated: Timeline) -> pd.DataFrame:
-    """Medians of the measured wall times by step, of all visits and of each half of them, beside the simulated ones."""
+    """Trimmed means of the measured wall times by step, of all visits and each half of them, beside the simulated."""
     late = runs["visit"] >= (runs["visit"].max() + 1) / 2
-    medians = {"measured_s": runs, "first_s": runs[~late], "second_s": runs[late]}
-    table = pd.DataFrame({name: part.groupby("step", sort=False)["wall_s"].median() for name, part in medians.items()})
+    parts = {"measured_s": runs, "first_s": runs[~late], "second_s": runs[late]}
+    table = pd.DataFrame({name: part.groupby("step", sort=False)["wall_s"].agg(_mean) for name, part in parts.items()})
     table["simulated_s"], table["isolated_s"] = pd.Series(shared.step_s), pd.Series(isolated.step_s)
     if table[["measured_s", "simulated_s"]].isna().any(axis=None):
         raise FormatError(f"steps {', '.join(table.index)} were measured, {', '.join(shared.steps)} simulated")
     return table.rename_axis("step").reset_index()
+
+
+def _mean(walls_s: pd.Series[float]) -> float:
+    return trimmed_mean(walls_s.tolist())
 
 
 def _case(evidence: Evidence, case: Case, steps: pd.DataFrame) -> dict[str, object]:

@@ -336,7 +336,9 @@ def test_the_protocol_runs_every_plan_twice_and_replays(tiny_checkpoint: TinyChe
     folder = tiny_checkpoint("mixtral")
     found = run_protocol(folder, calibrations.__next__, TWO_CELLS, "emulated", progress=False)
     assert next(calibrations, None) is None, "calibrated before the first visit and after each"
-    assert set(found.profile.handoff_s.values()) == {1e-3}, "judged by the median of all"
+    assert set(found.profile.handoff_s.values()) == {1e-3}, (
+        "judged by all of them: the mean without the slowest and a fast one"
+    )
     assert set(found.runs.groupby("plan_id")["visit"].nunique()) == {2}
     assert len({case.tokens for case in found.cases if case.workload.n_gen == 3}) == 1, "one stream of tokens"
     tables = replay(found)
