@@ -272,8 +272,7 @@ def moved(calibrated: Iterable[Curve], now: Iterable[Curve]) -> list[str]:
         if known and max(max(speeds) / max(known), max(known) / min(speeds)) > 1 + DRIFT_SHARE:
             found.append(
                 f"The yardstick {name} ran at {max(known) / 1e9:.1f} GB/s when the machine was calibrated and at "
-                f"{_gigabytes(speeds)} GB/s beside these runs: what was predicted is another speed of the machine. "
-                f"Calibrate again (--fresh) if that stays."
+                f"{_gigabytes(speeds)} GB/s beside these runs: what was predicted is another speed of the machine."
             )
     return found
 

@@ -2,7 +2,8 @@
 
 For every model: calibrate (cached), rank the policies in simulation, run each and the plans predicted best
 for real on the same prompt, replay what ran (its plan and its routing) in the simulator, and write both down
-side by side. The plan that was measured fastest is kept.
+side by side. The plan that was measured fastest is kept. Where the yardstick says that the machine changed its speed
+since it was calibrated, it is calibrated again after the runs, and replays rest on the mean of both.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from hwmodels.calibrate import moved
-from hwmodels.errors import PlanError
+from hwmodels.errors import FormatError, PlanError
 from hwmodels.load import BUSY_SHARE
 from hwmodels.machine import fingerprint
-from hwmodels.profile import HardwareProfile
+from hwmodels.pool import pooled
+from hwmodels.profile import Curve, HardwareProfile
 from hwmodels.provenance import versions
 from hwmodels.units import format_bytes
 from runtime.budget import fixed_bytes, half_budget
 from runtime.cache import cached_profile
 from runtime.calibrate import yardstick
-from runtime.choice import choice, predicted_s
+from runtime.choice import Choice, choice, predicted_s
 from runtime.measure import Measured, measure, median_run
 from runtime.session import load_planned
 from sim.bounds import Bound
@@ -77,13 +79,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Run:
-    """A plan that was run: its repetitions, the median one, and the simulator's replay with and without contention."""
+    """A plan that was run: its repetitions and the median one."""
 
     plan: Plan
     runs: tuple[Measured, ...]
     median: Measured
-    replay: Timeline
-    isolated: Timeline
+
+    def replay(
+        self, spec: ModelSpec, profile: HardwareProfile, workload: Workload, contention: bool = True
+    ) -> Timeline:
+        """What the simulator says of the plan and the routing that occurred."""
+        return simulate(spec, self.plan, profile, workload, self.median.routing, contention=contention)
 
     @property
     def total_s(self) -> float:
@@ -105,9 +111,11 @@ def validate(folders: Sequence[Path], out: Path, job: Job, command: str, text: I
     for folder, spec in zip(folders, specs, strict=True):
         profile = cached_profile(folder, job.device, job.quick, job.cpu_threads, job.progress, job.fresh)
         before = yardstick(folder, job.device, job.cpu_threads)
-        result, own_files = _validate_model(folder, spec, profile, job, out, text)
+        ran = _run_model(folder, spec, profile, job, text)
         after = yardstick(folder, job.device, job.cpu_threads)
-        notes += [f"{spec.name}: {note}" for note in moved(profile.curves, (*before, *after))]
+        profile, told = _judging(folder, profile, (*before, *after), job)
+        notes += [f"{spec.name}: {note}" for note in told]
+        result, own_files = _judge(spec, profile, ran, out)
         results.append(result)
         rows += [dict(row) for row in result.rows]
         files += own_files
@@ -127,9 +135,23 @@ def validate(folders: Sequence[Path], out: Path, job: Job, command: str, text: I
     return rows
 
 
-def _validate_model(
-    folder: Path, spec: ModelSpec, profile: HardwareProfile, job: Job, out: Path, text: IO[str]
-) -> tuple[ModelResult, list[tuple[str, str]]]:
+@dataclass(frozen=True)
+class _Ran:
+    """What was planned with a profile and run for a model; rows of the policies that have no plan."""
+
+    profile: HardwareProfile
+    budget: int
+    workload: Workload
+    runs: Sequence[Run]
+    refused: list[Row]
+
+    @property
+    def choice(self) -> Choice:
+        """What prediction and measurement chose."""
+        return choice([run.plan for run in self.runs], [run.total_s for run in self.runs], self.workload)
+
+
+def _run_model(folder: Path, spec: ModelSpec, profile: HardwareProfile, job: Job, text: IO[str]) -> _Ran:
     workload = Workload(job.n_prompt, job.n_gen)
     budget = job.vram_budget_bytes or half_budget(spec, workload)
     plans, refused = _plans(spec, profile, budget, workload, job)
@@ -145,23 +167,46 @@ def _validate_model(
             if tokenizer is not None and plan is best:
                 bar.clear()  # the text takes the bar's place for as long as it streams
                 streamer = _announced(tokenizer, f"{spec.name}, {plan.policy}: ", text)
-            runs.append(_run(folder, spec, plan, profile, workload, prompt, job, streamer))
+            runs.append(_run(folder, plan, workload, prompt, job, streamer))
             bar.update()
-    made = choice(plans, [run.total_s for run in runs], workload)
-    limits = {kind: limit_of(spec, profile, budget, workload, kind) for kind in set(map(kind_of, plans))}
+    return _Ran(profile, budget, workload, runs, refused)
+
+
+def _judging(
+    folder: Path, profile: HardwareProfile, yardsticks: Sequence[Curve], job: Job
+) -> tuple[HardwareProfile, list[str]]:
+    """The profile that replays rest on, and what is to be known of it."""
+    told = moved(profile.curves, yardsticks)
+    if not told:
+        return profile, []
+    again = cached_profile(folder, job.device, job.quick, job.cpu_threads, job.progress, fresh=True)
+    both = "It was calibrated again after the runs; what is simulated here rests on the mean of both calibrations."
+    try:
+        return pooled([profile, again]), [*told, both]
+    except FormatError as error:  # a cached profile of an older version measured other points
+        return again, [*told, f"It was calibrated again after the runs, and only that counts: {error}."]
+
+
+def _judge(
+    spec: ModelSpec, profile: HardwareProfile, ran: _Ran, out: Path
+) -> tuple[ModelResult, list[tuple[str, str]]]:
+    """Rows and files of a model's runs, each replayed with the profile."""
+    made, workload, runs = ran.choice, ran.workload, ran.runs
+    limits = {kind: limit_of(spec, profile, ran.budget, workload, kind) for kind in {kind_of(run.plan) for run in runs}}
     rows = [
-        _row(spec, run, workload, limits[kind_of(run.plan)]) | {"predicted_rank": rank, "kept": i == made.kept}
+        _row(spec, run, profile, workload, limits[kind_of(run.plan)]) | {"predicted_rank": rank, "kept": i == made.kept}
         for i, (run, rank) in enumerate(zip(runs, made.ranks, strict=True))
     ]
-    rows = sorted(rows, key=_by_speed) + refused
     shown = runs[made.kept]
-    files = _save(out, spec, profile, shown)
+    replay = shown.replay(spec, profile, workload)
+    isolated = shown.replay(spec, profile, workload, contention=False)
+    files = _save(out, spec, ran.profile, profile, shown, replay)
     result = ModelResult(
         model=spec.name,
-        rows=rows,
-        shape=_shape(spec, budget),
-        comparison=compare(shown.replay, shown.median.timeline),
-        isolated=compare(shown.isolated, shown.median.timeline),
+        rows=sorted(rows, key=_by_speed) + ran.refused,
+        shape=_shape(spec, ran.budget),
+        comparison=compare(replay, shown.median.timeline),
+        isolated=compare(isolated, shown.median.timeline),
         choice=made.sentence(),
     )
     return result, files
@@ -206,9 +251,7 @@ def _plans(
 
 def _run(
     folder: Path,
-    spec: ModelSpec,
     plan: Plan,
-    profile: HardwareProfile,
     workload: Workload,
     prompt: Sequence[int],
     job: Job,
@@ -219,10 +262,7 @@ def _run(
         runs = measure(model, prompt, workload.n_gen, job.repetitions, streamer)
     finally:
         model.close()
-    median = median_run(runs)
-    replay = simulate(spec, plan, profile, workload, median.routing)
-    isolated = simulate(spec, plan, profile, workload, median.routing, contention=False)
-    return Run(plan, tuple(runs), median, replay, isolated)
+    return Run(plan, tuple(runs), median_run(runs))
 
 
 # -- prompts ------------------------------------------------------------------------------------------
@@ -261,13 +301,13 @@ def _announced(tokenizer: PreTrainedTokenizerBase, title: str, text: IO[str]) ->
 # -- what comes back ----------------------------------------------------------------------------------
 
 
-def _row(spec: ModelSpec, run: Run, workload: Workload, limit: Bound) -> Row:
+def _row(spec: ModelSpec, run: Run, profile: HardwareProfile, workload: Workload, limit: Bound) -> Row:
     timelines = [r.timeline for r in run.runs]
     shown = run.median.timeline
     device = str(shown.info["device"])
     return {
         **measured_row(spec, run.plan, workload, timelines, shown, device),
-        **prediction_keys(shown, run.replay, workload, limit),
+        **prediction_keys(shown, run.replay(spec, profile, workload), workload, limit),
         "vram_bytes": run.median.peak_vram_bytes,
         "predicted_vram_bytes": memory(spec, run.plan).vram_bytes,
         "overlap": shown.overlap,
@@ -291,18 +331,24 @@ def _shape(spec: ModelSpec, budget: int) -> str:
     )
 
 
-def _save(out: Path, spec: ModelSpec, profile: HardwareProfile, run: Run) -> list[tuple[str, str]]:
+def _save(
+    out: Path, spec: ModelSpec, planned_with: HardwareProfile, profile: HardwareProfile, run: Run, replay: Timeline
+) -> list[tuple[str, str]]:
     out.mkdir(parents=True, exist_ok=True)
     name = spec.name
     run.plan.save(out / f"{name}.plan.json")
-    profile.save(out / f"{name}.hardware.json")
-    run.replay.save_chrome_trace(out / f"{name}.simulated.trace.json")
+    planned_with.save(out / f"{name}.hardware.json")
+    replay.save_chrome_trace(out / f"{name}.simulated.trace.json")
     run.median.timeline.save_chrome_trace(out / f"{name}.measured.trace.json")
     run.median.routing.save(out / f"{name}.routing.parquet")
-    return [
+    files = [
         (f"{name}.plan.json", f"the plan of {run.plan.policy} for {name}"),
         (f"{name}.hardware.json", "the calibrated profile it was planned with"),
         (f"{name}.simulated.trace.json", "simulated timeline, opens in Perfetto"),
         (f"{name}.measured.trace.json", "measured timeline, opens in Perfetto"),
         (f"{name}.routing.parquet", "tokens per expert of the measured run"),
     ]
+    if profile is not planned_with:
+        profile.save(out / f"{name}.hardware.both.json")
+        files.append((f"{name}.hardware.both.json", "the profile that it was simulated with after the runs"))
+    return files
