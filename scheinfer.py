@@ -70,17 +70,23 @@ def hardware(name: str | Path) -> HardwareProfile:
 
 
 def calibrate(
-    model: str | Path | None = None, device: str = "auto", quick: bool = False, progress: bool = True
+    model: str | Path | None = None,
+    device: str = "auto",
+    quick: bool = False,
+    progress: bool = True,
+    repeats: int = 1,
 ) -> HardwareProfile:
     """Measure this machine's profile for the shapes of a checkpoint (None: a small Llama's).
 
-    device is auto, cuda:N or emulated. Takes minutes, with quick under one.
+    device is auto, cuda:N or emulated. Takes minutes, with quick under one, repeats times over: a machine that others
+    use too changes its speed within seconds, and the mean of several calibrations is kept.
     """
+    from hwmodels.pool import pooled
     from runtime.calibrate import calibrate as measure
     from runtime.resolve import resolve_folder
 
     folder = resolve_folder(model) if model is not None else None
-    return measure(folder, device, quick, progress=progress)
+    return pooled([measure(folder, device, quick, progress=progress) for _ in range(repeats)])
 
 
 def model(name: str | Path, dtype: str = "auto") -> ModelSpec:

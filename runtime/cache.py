@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hwmodels.catalog import cache_folder
 from hwmodels.errors import FormatError
+from hwmodels.pool import pooled
 from hwmodels.profile import HardwareProfile, load_profile
 from runtime.calibrate import calibrate
 from runtime.devices import device_name
@@ -31,14 +32,15 @@ def cached_profile(
     progress: bool = True,
     fresh: bool = False,
     dtype: str = "auto",
+    repeats: int = 1,
 ) -> HardwareProfile:
-    """The cached profile, or a new calibration that is then kept; a damaged file is measured anew."""
+    """The cached profile, or the mean of new calibrations that is then kept; a damaged file is measured anew."""
     path = profile_path(folder, device, quick, cpu_threads, dtype)
     if path.is_file() and not fresh:
         try:
             return load_profile(path)
         except FormatError:
             path.unlink()
-    profile = calibrate(folder, device, quick, cpu_threads, progress, dtype)
+    profile = pooled([calibrate(folder, device, quick, cpu_threads, progress, dtype) for _ in range(repeats)])
     profile.save(path)
     return profile

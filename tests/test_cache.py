@@ -55,6 +55,14 @@ def test_a_profile_is_measured_once(llama, measured):
     assert measured == [llama]
 
 
+def test_repeats_are_measured_anew_and_kept_as_one(llama, measured):
+    found = cached_profile(llama, "emulated", progress=False, repeats=3)
+    assert measured == [llama] * 3
+    assert found.host_bytes == 1, "the least memory that was to be had"
+    assert found.notes == ("The mean of 3 calibrations, the first of today.",)
+    assert cached_profile(llama, "emulated", progress=False) == found
+
+
 def test_fresh_measures_again_and_keeps_the_new_one(llama, measured):
     cached_profile(llama, "emulated", progress=False)
     assert cached_profile(llama, "emulated", progress=False, fresh=True).host_bytes == 2

@@ -48,6 +48,9 @@ COMMANDS = (
             o.DEVICE,
             o.DTYPE,
             o.THREADS,
+            Option(
+                ("--repeats",), "measure so often and take the mean: a shared machine changes speed", values.count, 1
+            ),
             out("profile file to write", required=True),
         ),
     ),

@@ -9,6 +9,7 @@ from hwmodels.catalog import hardware as find_hardware
 from hwmodels.catalog import names as hardware_names
 from hwmodels.errors import FormatError
 from hwmodels.machine import Finding, Machine, findings, read_machine
+from hwmodels.pool import pooled
 from hwmodels.profile import HardwareProfile
 from hwmodels.units import format_bytes
 from runtime.cli import profile_rows
@@ -91,11 +92,15 @@ def _measured(flags: Namespace) -> HardwareProfile:
     progress = not flags.quiet
     try:
         if flags.model is None:
-            return measure(None, flags.device, flags.quick, flags.threads, progress, flags.dtype)
-        folder = resolve_folder(flags.model)
-        return cached_profile(folder, flags.device, flags.quick, flags.threads, progress, True, flags.dtype)
+            own = flags.device, flags.quick, flags.threads, progress, flags.dtype
+            return pooled([measure(None, *own) for _ in range(flags.repeats)])
+        how = flags.device, flags.quick, flags.threads, progress, True, flags.dtype, flags.repeats
+        return cached_profile(resolve_folder(flags.model), *how)
     except KeyboardInterrupt:
-        note(flags, "interrupted: finished parts are kept for an hour, the same command goes on from there")
+        note(
+            flags,
+            "interrupted: finished parts of this calibration are kept for an hour, the same command goes on from there",
+        )
         raise
 
 
