@@ -16,9 +16,9 @@
 # **Question.** The simulator picks the plan that runs. How far off is it, why, and does it pick well?
 #
 # `python -m experiments.fidelity` ran a few dozen plans of two small models for real: every policy's plan, the
-# best that the search finds and some drawn at random, in three cells of workload and device memory. Every plan
-# was run in two visits, with the model loaded anew in between. Its measured timelines are committed; the
-# simulator that replays them below is the one of this checkout.
+# best that the search finds and some drawn at random, in three cells of workload and device memory. All plans took
+# turns, in six visits, with models loaded anew; the machine was calibrated before, between and after the visits. Its
+# measured timelines are committed; the simulator that replays them below is the one of this checkout.
 #
 # The machine has two cores and no GPU, so the device is **emulated** (the second core computes, a thread copies
 # at a fixed 2 GB/s). Tensors, copies and waiting are real. What is judged is the simulator, not the device.
@@ -51,9 +51,11 @@ print(f"{host.get('cpu', 'unknown CPU')}, commit {config['provenance']['commit']
 # %% [markdown]
 # ## Three numbers for every plan
 #
-# - **measured**: the median of its runs.
-# - **simulated**: the same plan with the routing that occurred. This tests the model of time alone.
-# - **predicted**: what the planner said before anything ran, with routing sampled. This is what a user gets.
+# - **measured**: the mean of its runs without the fastest and the slowest.
+# - **simulated**: the same plan with the routing that occurred, on the mean of the calibrations taken between the
+#   visits, again without the fastest and the slowest. This tests the model of time alone.
+# - **predicted**: what the planner said before anything ran, with routing sampled, by the first calibration alone.
+#   This is what a user gets who calibrates for a minute and runs for many: a shared machine has changed by then.
 #
 # The error is (simulated − measured) / measured. Below, decode speed: on the diagonal the simulator is right.
 
@@ -64,8 +66,8 @@ display(scatter(speeds.to_dict("records"), title="Decode speed, emulated device"
 # %% [markdown]
 # ## Against the bars, and against the noise
 #
-# A plan that is measured twice differs from itself. No prediction can be better than that, so every number
-# stands beside the same number of the second visit against the first.
+# A plan that is measured twice differs from itself, so every number stands beside the same number of the second half
+# of the visits against the first.
 
 # %%
 checks = [

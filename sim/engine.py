@@ -257,7 +257,7 @@ class _Caller:
         """Seconds of a task that begins now, alone."""
         if self.at < 0 or not self.is_rest[i]:
             return self.duration_s[i]
-        return self.duration_s[i] * factor(self.cold, now_s - self.since_s)
+        return self.duration_s[i] * cold_factor(self.cold, now_s - self.since_s)
 
     def end(self, i: int, took_s: float, now_s: float) -> None:
         """A task has ended."""
@@ -267,7 +267,7 @@ class _Caller:
             self.since_s += took_s
 
 
-def factor(cold: Sequence[tuple[float, float]], waited_s: float) -> float:
+def cold_factor(cold: Sequence[tuple[float, float]], waited_s: float) -> float:
     """How much longer a task takes after a wait: 1 after none, linear between known waits, held beyond the last."""
     before_s, before = 0.0, 1.0
     for known_s, known in cold:

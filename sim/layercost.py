@@ -205,7 +205,7 @@ def contended(alone: AheadCosts, slowed: Slowdown) -> AheadCosts:
     """The same without contention first, and with it second."""
     gpu_alone_s = alone.gg_s + alone.cg_s
     cc_s, gpu_s, send_s = slowed.beside(alone.cc_s, gpu_alone_s, alone.send_s)
-    stretch = factor(gpu_s, gpu_alone_s)
+    stretch = stretched(gpu_s, gpu_alone_s)
     return replace(
         alone,
         gg_s=np.concatenate((alone.gg_s, alone.gg_s * stretch)),
@@ -247,12 +247,12 @@ def routed_mlp_s(
     # Both at once: these arrays are small, and numpy's calls would cost more than their arithmetic.
     return run.go(
         np.stack((run.cc_s, cc_s)),
-        np.stack((one, factor(gpu_s, run.gpu_s))),
-        np.stack((one, factor(send_s, run.sends_s))),
+        np.stack((one, stretched(gpu_s, run.gpu_s))),
+        np.stack((one, stretched(send_s, run.sends_s))),
     )
 
 
-def factor(slowed_s: Seconds, alone_s: Seconds) -> Seconds:
+def stretched(slowed_s: Seconds, alone_s: Seconds) -> Seconds:
     """How much longer; 1 where there is nothing to do."""
     return np.divide(slowed_s, alone_s, out=np.ones_like(alone_s), where=alone_s > 0)
 
