@@ -10,8 +10,9 @@ tasks of the same graph, so that measured and simulated timelines hold the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -29,6 +30,14 @@ from sim.model import ModelSpec
 from sim.plan import Place, Plan
 from sim.timeline import Span, Timeline
 from sim.workload import Routing, RoutingTrace, Step
+
+
+class LayerRun(NamedTuple):
+    """What a call that computes a layer tells: tokens by expert, when its MLP began and ended on the host clock."""
+
+    counts: Routing
+    mlp_ns: int
+    end_ns: int
 
 
 @dataclass
@@ -167,6 +176,26 @@ class Executor:
         self.device.run(tasks, bodies, inline_cpu=on_cpu)
         step.since = self.device.mark(self.plan.layers[layer].rest)
         return binding.output
+
+    def computes_layer(self, layer: int) -> bool:
+        """Whether the kernel may compute a layer whole in the step in progress: all of it is the CPU's, few rows."""
+        step = self._current()
+        return step.by_kernel and self.plan.layers[layer].rest == "CPU" and not step.compiler.tier.offload
+
+    def run_layer(self, layer: int, compute: Callable[[], LayerRun]) -> None:
+        """A layer that one call computes whole, in place of its attention and run_mlp; same tasks."""
+        step = self._current()
+        attn = step.open_task
+        assert attn is not None, "the layer was entered"
+        try:
+            run = compute()
+        except ExecutionError as error:
+            raise ExecutionError(f"task {attn.id} failed on CPU: {error}") from error
+        self._recording.routing[step.compiler.step.name, layer] = run.counts
+        (cc,) = step.compiler.mlp(layer, run.counts)
+        step.caller_tasks.append((attn, step.since, run.mlp_ns))
+        self.device.finished(cc, run.mlp_ns, run.end_ns)
+        step.open_task, step.since = None, run.end_ns
 
     def enter_head(self, hidden: Tensor) -> Tensor:
         """The layers have ended; their output, carried to where the head lives."""

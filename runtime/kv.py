@@ -27,14 +27,32 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         n_past, n_new = self.get_seq_length(), key_states.shape[-2]
-        if not self._fits(key_states, n_past + n_new):
-            self._move(key_states, value_states, n_past, n_past + n_new)
-        assert self._room is not None, "moved to a buffer"
-        for buffer, new in zip(self._room, (key_states, value_states), strict=True):
+        for buffer, new in zip(
+            self._room_for(key_states, value_states, n_new), (key_states, value_states), strict=True
+        ):
             buffer[:, :, n_past : n_past + n_new] = new
-        self._n_written = n_past + n_new
-        self.keys, self.values = (buffer[:, :, : n_past + n_new] for buffer in self._room)
+        self.written(n_new)
+        assert self.keys is not None, "written"
+        assert self.values is not None, "written"
         return self.keys, self.values
+
+    def room(self, n_new: int) -> tuple[Tensor, Tensor]:
+        """Buffers [B, K, T, D] of keys and values with room for n_new tokens behind those held, which are some."""
+        assert self.keys is not None, "holds tokens"
+        assert self.values is not None, "holds tokens"
+        return self._room_for(self.keys, self.values, n_new)
+
+    def written(self, n_new: int) -> None:
+        """As many tokens have been written behind those held."""
+        assert self._room is not None, "has given room"
+        n_tokens = self._n_written = self.get_seq_length() + n_new
+        self.keys, self.values = (buffer[:, :, :n_tokens] for buffer in self._room)
+
+    def _room_for(self, key_states: Tensor, value_states: Tensor, n_new: int) -> tuple[Tensor, Tensor]:
+        n_past = self.get_seq_length()
+        if self._room is None or not self._fits(key_states, n_past + n_new):
+            self._room = self._moved(key_states, value_states, n_past, n_past + n_new)
+        return self._room
 
     def _fits(self, key_states: Tensor, n_tokens: int) -> bool:
         """Whether keys and values are what was written last, with room behind them."""
@@ -44,7 +62,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         same = all(b.data_ptr() == t.data_ptr() and b.stride() == t.stride() for b, t in there)
         return same and self.get_seq_length() == self._n_written and n_tokens <= self._room[0].shape[-2]
 
-    def _move(self, key_states: Tensor, value_states: Tensor, n_past: int, n_tokens: int) -> None:
+    def _moved(self, key_states: Tensor, value_states: Tensor, n_past: int, n_tokens: int) -> tuple[Tensor, Tensor]:
         n_room = n_tokens + max(_LEAST_ROOM, n_tokens // 8)
         room: list[Tensor] = []
         for held, new in ((self.keys, key_states), (self.values, value_states)):
@@ -52,7 +70,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             if n_past and held is not None:
                 buffer[:, :, :n_past] = held
             room.append(buffer)
-        self._room = (room[0], room[1])
+        return room[0], room[1]
 
 
 def grow_in_place(cache: object) -> None:

@@ -239,6 +239,9 @@ class Device(Protocol):
         Raises ExecutionError naming the first task that failed, after every queue has come to rest.
         """
 
+    def finished(self, task: Task, start_ns: int, end_ns: int) -> None:
+        """A task of the CPU that the calling thread ran within a call of its own; drain tells of it."""
+
     def drain(self) -> list[Ticket]:
         """Wait for all tasks issued since the last drain; their tickets, with times on the host clock."""
 

@@ -258,6 +258,11 @@ class CudaDevice:
         elif self._entry is not None:  # attention, launched by the caller before this layer's tasks
             stream.wait_event(self._entry)
 
+    def finished(self, task: Task, start_ns: int, end_ns: int) -> None:
+        """A task that the calling thread ran by itself."""
+        ticket = self._tickets[task.id] = Ticket(task)
+        ticket.finish(start_ns, end_ns)
+
     def drain(self) -> list[Ticket]:
         """Wait for every issued task; times of stream tasks are read from their events."""
         tickets = list(self._tickets.values())

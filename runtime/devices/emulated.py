@@ -212,6 +212,11 @@ class EmulatedDevice:
         queue = self._queues.get(ticket.task.resource)
         ticket.wait(lambda: queue is None or queue.alive)
 
+    def finished(self, task: Task, start_ns: int, end_ns: int) -> None:
+        """A task that the calling thread ran by itself."""
+        ticket = self._tickets[task.id] = Ticket(task)
+        ticket.finish(start_ns, end_ns)
+
     def drain(self) -> list[Ticket]:
         """Wait for every issued task and forget it; raise what made one fail, after all have come to rest."""
         tickets = list(self._tickets.values())

@@ -24,12 +24,13 @@ from torch.nn import functional
 
 from hwmodels.errors import ExecutionError, KernelError
 from hwmodels.machine import Finding, read_machine
+from runtime.native.layer import LayerWords
 
 LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16")
 """Instruction sets that the kernel is compiled for, the best last; AMX is not among them."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE = 5
+_INTERFACE = 6
 _AMX_ROWS = 32  # as many as AMX computes in the time of one
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SILU, _GELU_TANH, _GELU_ERF = range(3)
@@ -71,7 +72,8 @@ class Kernel:
             n_rows = x_SD.shape[0] if rows is None else rows.shape[0]
             words.extend((_address(rows), _address(weights), n_rows, len(pieces)))
             for gate_up, down in pieces:
-                words.extend((gate_up.data_ptr(), down.data_ptr(), down.shape[1]))
+                up = gate_up.data_ptr() + gate_up.nbytes // 2
+                words.extend((gate_up.data_ptr(), up, down.data_ptr(), down.shape[1]))
             n_experts += 1
         failed = self.library.scheinfer_mlp(
             x_SD.data_ptr(),
@@ -149,6 +151,10 @@ class Kernel:
         _check(failed)
         return out
 
+    def layer(self, words: LayerWords) -> None:
+        """A decoder layer for one new token of each sequence, on threads() threads; see runtime.native.layer."""
+        _check(self.library.scheinfer_layer(ctypes.byref(words), threads()))
+
     def read(self, flat: Tensor) -> None:
         """Read a tensor's memory and do nothing else, on threads() threads: what bounds mlp at one token."""
         self.library.scheinfer_read(flat.data_ptr(), flat.nbytes, threads())
@@ -193,6 +199,7 @@ def load(path: Path) -> Kernel:
     library.scheinfer_norm.argtypes = [*[pointer] * 3, number, number, ctypes.c_double, *[ctypes.c_int] * 2]
     library.scheinfer_turn.argtypes = [*[pointer] * 3, *[number] * 4, *[ctypes.c_int] * 2]
     library.scheinfer_attend.argtypes = [*[pointer] * 5, ctypes.c_double, *[ctypes.c_int] * 3]
+    library.scheinfer_layer.argtypes = [ctypes.POINTER(LayerWords), ctypes.c_int]
     library.scheinfer_read.argtypes = [pointer, number, ctypes.c_int]
     library.scheinfer_copy.argtypes = [pointer, number, ctypes.c_double, number]
     library.scheinfer_copy.restype = None
@@ -255,6 +262,11 @@ def kernel_findings() -> list[Finding]:
     return [
         Finding("kernel", limit, "Install g++ and reinstall scheinfer, or run `python hatch_build.py` in its source")
     ]
+
+
+def dtype_code(dtype: torch.dtype) -> int | None:
+    """The kernel's number of a dtype; None if it has none."""
+    return _DTYPES.get(dtype)
 
 
 def activation_code(act: object) -> int | None:

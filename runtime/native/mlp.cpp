@@ -98,7 +98,7 @@ void down(void* context, int64_t index) {
     call.k->store_row(call.sums + s * call.D + first, n, call.y + (s * call.D + first) * call.weight_bytes);
 }
 
-// Experts as Python lays them down: rows, weights, n_rows, n_pieces, then gate_up, down, columns of each piece.
+// Experts as callers lay them down: rows, weights, n_rows, n_pieces, then gate, up, down, columns of each piece.
 void read_experts(Call& call, const int64_t* words, int64_t n_experts, const char* x, int64_t x_stride) {
   call.experts.resize(size_t(n_experts));
   for (Expert& expert : call.experts) {
@@ -108,11 +108,11 @@ void read_experts(Call& call, const int64_t* words, int64_t n_experts, const cha
     expert.pieces.resize(size_t(words[3]));
     words += 4;
     for (Piece& piece : expert.pieces) {
-      piece.columns = words[2];
       piece.gate = reinterpret_cast<const char*>(words[0]);
-      piece.up = piece.gate + piece.columns * call.D * call.weight_bytes;
-      piece.down = reinterpret_cast<const char*>(words[1]);
-      words += 3;
+      piece.up = reinterpret_cast<const char*>(words[1]);
+      piece.down = reinterpret_cast<const char*>(words[2]);
+      piece.columns = words[3];
+      words += 4;
     }
     for (int64_t t = 0; t < expert.n_rows; t++) expert.x.push_back(x + (expert.rows ? expert.rows[t] : t) * x_stride);
   }
@@ -158,7 +158,7 @@ using namespace scheinfer;
 extern "C" {
 
 // Counts changes of this interface: a library of other sources is not used.
-int scheinfer_interface() { return 5; }
+int scheinfer_interface() { return 6; }
 
 // Whether this CPU has an instruction set.
 int scheinfer_has(int isa) {

@@ -1,0 +1,255 @@
+"""A decoder layer of a small step in one native call, where the CPU computes all of it.
+
+Between calls of the kernel transformers and torch take a third of such a step: modules, norms, routers and sums of a
+few thousand numbers, 10 to 30 us each (experiments/LOG.md). Any condition that does not hold leaves the layer to the
+modules it is made of.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from transformers import DynamicCache, PreTrainedModel
+
+from runtime import native
+from runtime.executor import Executor, LayerRun
+from runtime.ffn import PartitionedExperts, PartitionedMlp
+from runtime.kv import GrowingLayer
+from runtime.native.layer import LayerWords
+from runtime.projection import Projection
+from runtime.skeleton import decoder_layers
+
+MIXTURES = frozenset(f"{family}SparseMoeBlock" for family in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe"))
+"""Mixtures whose router takes the likeliest experts of a softmax."""
+LAYERS = frozenset(
+    f"{family}DecoderLayer"
+    for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe")
+)
+"""Layers that add attention of a norm, then an MLP of a norm."""
+
+
+class UnfitError(Exception):
+    """A layer is not as the kernel takes it."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A layer's words for the kernel, and what they were read from: a module is replaced, a weight moved.
+
+    links are (modules of an owner, name, module), values (parameters of a module, name, address).
+    """
+
+    words: LayerWords
+    dtype: torch.dtype
+    counts: array[int]
+    table: array[int]
+    links: tuple[tuple[dict[str, Any], str, nn.Module], ...]
+    values: tuple[tuple[dict[str, Any], str, int], ...]
+
+    def holds(self) -> bool:
+        """Whether all is as it was read, and nobody listens to a part of it."""
+        for modules, name, module in self.links:
+            if modules.get(name) is not module or module._forward_hooks or module._forward_pre_hooks:
+                return False
+        if any(parameters[name].data_ptr() != address for parameters, name, address in self.values):
+            return False
+        return not hooks._has_any_global_hook()  # type: ignore[no-untyped-call]
+
+
+class StepLayer(nn.Module):
+    """A decoder layer in one call, in place of the one whose modules it holds."""
+
+    index: int
+    executor: Executor
+    prepared: Prepared
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """hidden_states [B, S, D] -> [B, S, D]."""
+        cache: Any = kwargs.get("past_key_values")
+        if not args and self._is_step(hidden_states, kwargs) and self._past_fits(cache, hidden_states):
+            out = torch.empty_like(hidden_states)
+            tables = kwargs["position_embeddings"]
+            self.executor.run_layer(self.index, partial(self._compute, hidden_states, out, tables, cache))
+            return out
+        found: Tensor = super().forward(hidden_states, *args, **kwargs)
+        return found
+
+    def _is_step(self, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether this is one new token for each of few sequences, and the kernel's to compute."""
+        words, tables = self.prepared.words, kwargs.get("position_embeddings")
+        if kwargs.get("attention_mask") is not None or not isinstance(tables, tuple) or self.training:
+            return False
+        if hidden.dim() != 3 or hidden.shape[1] != 1 or not hidden.is_contiguous() or torch.is_grad_enabled():
+            return False
+        cos, sin = tables
+        size = (words.head_width, hidden.shape[0] * words.head_width)
+        if cos.shape[-1] != words.head_width or cos.numel() not in size or cos.shape != sin.shape:
+            return False
+        if not (cos.is_contiguous() and sin.is_contiguous() and hidden.dtype == self.prepared.dtype):
+            return False
+        return native.holds(hidden, cos, sin) and self.executor.computes_layer(self.index) and self.prepared.holds()
+
+    def _past_fits(self, cache: object, hidden: Tensor) -> bool:
+        """Whether a cache holds tokens of these sequences, and grows in place."""
+        if type(cache) is not DynamicCache or cache.offloading or self.index >= len(cache.layers):
+            return False
+        past, words = cache.layers[self.index], self.prepared.words
+        if type(past) is not GrowingLayer or not past.is_initialized or past.keys is None or past.values is None:
+            return False
+        n_past = past.get_seq_length()
+        shape = (hidden.shape[0], words.n_kv_heads, n_past, words.head_width)
+        same = past.keys.shape == shape == past.values.shape
+        return n_past > 0 and same and past.keys.dtype == past.values.dtype == hidden.dtype
+
+    def _compute(self, hidden: Tensor, out: Tensor, tables: tuple[Tensor, Tensor], cache: DynamicCache) -> LayerRun:
+        kernel, past = native.kernel(), cache.layers[self.index]
+        assert kernel is not None, "the step is the kernel's"
+        assert isinstance(past, GrowingLayer), "asked before"
+        words, (cos, sin) = self.prepared.words, tables
+        keys, values = past.room(1)
+        words.rows, words.n_past = hidden.shape[0], past.get_seq_length()
+        words.x, words.y = hidden.data_ptr(), out.data_ptr()
+        words.cosine, words.sine = cos.data_ptr(), sin.data_ptr()
+        words.table_stride = words.head_width if cos.numel() > words.head_width else 0
+        words.keys, words.values = keys.data_ptr(), values.data_ptr()
+        words.key_strides[:], words.value_strides[:] = keys.stride()[:3], values.stride()[:3]
+        kernel.layer(words)
+        past.written(1)
+        return LayerRun(tuple(self.prepared.counts), words.times[1], words.times[2])
+
+
+def use_layers(model: PreTrainedModel, executor: Executor) -> None:
+    """Let the kernel compute whole layers of small steps where the plan leaves them to the CPU."""
+    kernel = native.kernel()
+    if kernel is None:
+        return
+    for i, layer in enumerate(decoder_layers(model)):
+        if executor.plan.layers[i].rest != "CPU" or any(executor.plan.layers[i].gg):
+            continue
+        try:
+            prepared = prepare(layer, i, executor, kernel)
+        except UnfitError:
+            continue
+        cls = type(layer)
+        layer.__class__ = type(cls.__name__, (StepLayer, cls), {"__module__": cls.__module__})
+        assert isinstance(layer, StepLayer)
+        layer.index, layer.executor, layer.prepared = i, executor, prepared
+
+
+# -- a layer's words ----------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Reads a layer's modules and remembers what it read. UnfitError if the kernel does not take it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.links: list[tuple[dict[str, Any], str, nn.Module]] = []
+        self.values: list[tuple[dict[str, Any], str, int]] = []
+
+    def part(self, owner: nn.Module, name: str, fits: Callable[[nn.Module], bool]) -> nn.Module:
+        """A module of another, if it is of the kind asked for."""
+        module = owner._modules.get(name)
+        if module is None or not fits(module):
+            raise UnfitError(name)
+        self.links.append((owner._modules, name, module))
+        return module
+
+    def address(self, module: nn.Module, name: str = "weight", shape: tuple[int, ...] | None = None) -> int:
+        """Where a parameter lies; 0 if the module has none of that name."""
+        value = module._parameters.get(name)
+        if value is None and shape is None:
+            return 0
+        if value is None:
+            raise UnfitError(name)
+        wrong = value.dtype != self.dtype or value.device.type != "cpu" or not value.is_contiguous()
+        if wrong or (shape is not None and value.shape != shape):
+            raise UnfitError(name)
+        self.values.append((module._parameters, name, value.data_ptr()))
+        return value.data_ptr()
+
+    def linear(self, owner: nn.Module, name: str, shape: tuple[int, int]) -> tuple[int, int]:
+        """Addresses of a projection's weight [out, in] and of its bias, 0 for none."""
+        module = self.part(owner, name, lambda m: type(m) is Projection)
+        return self.address(module, "weight", shape), self.address(module, "bias")
+
+    def norm(self, owner: nn.Module, name: str, width: int) -> tuple[int, float]:
+        """Address of a root mean square norm's weight, and its epsilon."""
+        module = self.part(owner, name, lambda m: type(m).__name__.endswith("RMSNorm"))
+        return self.address(module, "weight", (width,)), float(module.variance_epsilon)  # type: ignore[arg-type]
+
+
+def prepare(layer: nn.Module, index: int, executor: Executor, kernel: native.Kernel) -> Prepared:
+    """A layer's words. UnfitError if the kernel does not compute such a layer."""
+    dtype: torch.dtype = getattr(torch, executor.spec.dtype)
+    code, act = native.dtype_code(dtype), native.activation_code(executor.act)
+    if type(layer).__name__ not in LAYERS or code is None or act is None:
+        raise UnfitError(type(layer).__name__)
+    words, reader = LayerWords(), _Reader(dtype)
+    words.dtype, words.isa, words.act, words.width = code, native.ISAS.index(kernel.isa), act, executor.spec.d_model
+    words.input_norm, words.input_eps = reader.norm(layer, "input_layernorm", words.width)
+    words.post_norm, words.post_eps = reader.norm(layer, "post_attention_layernorm", words.width)
+    _read_attention(words, reader, layer)
+    _read_mlp(words, reader, layer, act)
+    table = _table(words, executor, index)
+    counts = array("q", [0] * words.n_experts)
+    words.experts, words.counts = table.buffer_info()[0], counts.buffer_info()[0]
+    return Prepared(words, dtype, counts, table, tuple(reader.links), tuple(reader.values))
+
+
+def _read_attention(words: LayerWords, reader: _Reader, layer: nn.Module) -> None:
+    attention: Any = reader.part(layer, "self_attn", lambda m: hasattr(m, "scaling") and hasattr(m, "head_dim"))
+    config, width = attention.config, attention.head_dim
+    words.n_heads, words.n_kv_heads, words.head_width = config.num_attention_heads, config.num_key_value_heads, width
+    words.scale, clip = attention.scaling, getattr(config, "clip_qkv", None)
+    words.clip = torch.inf if clip is None else clip
+    n_query, n_key = words.n_heads * width, words.n_kv_heads * width
+    words.query, words.query_bias = reader.linear(attention, "q_proj", (n_query, words.width))
+    words.key, words.key_bias = reader.linear(attention, "k_proj", (n_key, words.width))
+    words.value, words.value_bias = reader.linear(attention, "v_proj", (n_key, words.width))
+    words.output, words.output_bias = reader.linear(attention, "o_proj", (words.width, n_query))
+    if hasattr(attention, "q_norm"):
+        words.norms_whole = type(layer).__name__.startswith("Olmoe")
+        sizes = (n_query, n_key) if words.norms_whole else (width, width)
+        words.query_norm, words.head_eps = reader.norm(attention, "q_norm", sizes[0])
+        words.key_norm, _ = reader.norm(attention, "k_norm", sizes[1])
+
+
+def _read_mlp(words: LayerWords, reader: _Reader, layer: nn.Module, act: int) -> None:
+    mlp = reader.part(layer, "mlp", lambda m: type(m) is PartitionedMlp or type(m).__name__ in MIXTURES)
+    words.n_experts = 1
+    if isinstance(mlp, PartitionedMlp):
+        return
+    experts: Any = reader.part(mlp, "experts", lambda m: type(m) is PartitionedExperts)
+    gate: Any = reader.part(mlp, "gate", lambda m: type(m).__name__.endswith("TopKRouter"))
+    words.n_experts, words.top_k = experts.num_experts, gate.top_k
+    words.router = reader.address(gate, "weight", (words.n_experts, words.width))
+    words.normalises = getattr(gate, "norm_topk_prob", True)
+    words.rounds = not type(mlp).__name__.startswith("Mixtral")  # whose weights stay float32
+    if not hasattr(mlp, "shared_expert"):
+        return
+    shared: Any = reader.part(mlp, "shared_expert", lambda m: native.activation_code(getattr(m, "act_fn", None)) == act)
+    columns = words.shared_columns = shared.gate_proj.weight.shape[0]
+    words.shared_gate, _ = reader.linear(shared, "gate_proj", (columns, words.width))
+    words.shared_up, _ = reader.linear(shared, "up_proj", (columns, words.width))
+    words.shared_down, _ = reader.linear(shared, "down_proj", (words.width, columns))
+    words.shared_weight, _ = reader.linear(mlp, "shared_expert_gate", (1, words.width))
+
+
+def _table(words: LayerWords, executor: Executor, index: int) -> array[int]:
+    """Gate, up, down and columns of every piece of every expert, all in host memory."""
+    columns, table = executor.spec.layers[index].ffn.columns, array("q")
+    for expert in executor.store.layers[index].experts:
+        pieces = expert.views(expert.host_run(0, columns), 0, columns)
+        words.n_pieces = len(pieces)
+        for gate_up, down in pieces:
+            up = gate_up.data_ptr() + gate_up.nbytes // 2
+            table.extend((gate_up.data_ptr(), up, down.data_ptr(), down.shape[1]))
+    return table

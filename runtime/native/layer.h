@@ -1,0 +1,32 @@
+// A decoder layer as one call takes it; runtime/native/layer.py lays down the same words in the same order.
+#pragma once
+
+#include <cstdint>
+
+namespace scheinfer {
+
+struct Layer {
+  int64_t dtype, isa, act, width, n_heads, n_kv_heads, head_width;
+  double input_eps, post_eps, head_eps, scale, clip;  // clip: infinity where queries, keys and values are not clipped
+  const void *input_norm, *post_norm, *query, *key, *value, *query_bias, *key_bias, *value_bias;
+  const void *query_norm, *key_norm;  // null where heads have no norms
+  int64_t norms_whole;                // whether one norm spans all heads of a row
+  const void *output, *output_bias;
+  const void* router;  // null for a dense MLP: one expert for all rows
+  int64_t n_experts, top_k, normalises, rounds, n_pieces;  // rounds: weights of experts, to dtype
+  const int64_t* experts;  // gate, up, down, columns of each piece of each expert
+  const void *shared_gate, *shared_up, *shared_down, *shared_weight;  // null: no expert for all rows beside those chosen
+  int64_t shared_columns;
+  // What changes from call to call.
+  int64_t rows, n_past;
+  const void* x;  // [rows, width]
+  void* y;
+  const void *cosine, *sine;  // [rows, head_width], or one row for all
+  int64_t table_stride;
+  void *keys, *values;  // buffers with room for n_past + 1 tokens; strides in elements of sequence, head and token
+  int64_t key_strides[3], value_strides[3];
+  int64_t* counts;    // found: rows of each expert
+  int64_t times[3];  // found: when the call began, when the MLP did, when all was done; ns of the monotonic clock
+};
+
+}  // namespace scheinfer

@@ -1,0 +1,29 @@
+"""A decoder layer as the native kernel takes it in one call: the words of runtime/native/layer.h, in its order."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_int64, c_void_p
+from typing import ClassVar
+
+_SIZES = ("dtype", "isa", "act", "width", "n_heads", "n_kv_heads", "head_width")
+_NUMBERS = ("input_eps", "post_eps", "head_eps", "scale", "clip")
+_ATTENTION = ("input_norm", "post_norm", "query", "key", "value", "query_bias", "key_bias", "value_bias")
+_HEADS = ("query_norm", "key_norm", "norms_whole", "output", "output_bias")
+_EXPERTS = ("router", "n_experts", "top_k", "normalises", "rounds", "n_pieces", "experts")
+_SHARED = ("shared_gate", "shared_up", "shared_down", "shared_weight", "shared_columns")
+_CALL = ("rows", "n_past", "x", "y", "cosine", "sine", "table_stride", "keys", "values")
+
+
+class LayerWords(ctypes.Structure):
+    """Sizes, addresses (0 for what a layer has not) and, from `rows` on, what changes from call to call."""
+
+    _fields_: ClassVar = [
+        *((name, c_int64) for name in _SIZES),
+        *((name, c_double) for name in _NUMBERS),
+        *((name, c_int64) for name in (*_ATTENTION, *_HEADS, *_EXPERTS, *_SHARED, *_CALL)),
+        ("key_strides", c_int64 * 3),
+        ("value_strides", c_int64 * 3),
+        ("counts", c_void_p),
+        ("times", c_int64 * 3),
+    ]

@@ -1,0 +1,291 @@
+"""A layer of a small step in one native call says what its modules say, and steps aside where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from hwmodels.errors import ExecutionError, KernelError
+from runtime import native
+from runtime.executor import Executor
+from runtime.layer import StepLayer
+from runtime.native import Kernel
+from runtime.native.layer import LayerWords
+from runtime.session import PlannedModel
+from tests.conftest import TinyCheckpoint
+from tests.planned import greedy, left_padded, loaded, on_cpu, spec_of
+from tests.tiny import DENSE, LATENT, eager, tokens
+
+INSTALLED = native.installed()
+pytestmark = pytest.mark.skipif(isinstance(INSTALLED, KernelError), reason=f"no native kernel: {INSTALLED}")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+TOLERANCE = 1e-4
+N_LAYERS, N_PROMPT, N_GEN = 3, 5, 64
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Rows of every layer that the kernel computes whole."""
+    rows: list[int] = []
+    compute = Kernel.layer
+
+    def layer(self: Kernel, words: LayerWords) -> None:
+        rows.append(words.rows)
+        compute(self, words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Kernel, "layer", layer)
+        yield rows
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    with counted(monkeypatch) as rows:
+        yield rows
+
+
+@torch.no_grad()
+def fed(model: PreTrainedModel, ids: torch.Tensor, n_prompt: int) -> torch.Tensor:
+    """Logits [B, T, V] of the tokens after a prompt, fed one by one."""
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :n_prompt], past_key_values=cache, use_cache=True)
+    after = ids[:, n_prompt:].split(1, dim=1)
+    steps = [model(token, past_key_values=cache, use_cache=True).logits for token in after]
+    return torch.cat(steps, dim=1)
+
+
+def cpu_plan(folder: Path, dtype: str = "auto") -> Any:
+    return on_cpu(spec_of(folder, dtype), n_ctx=128)
+
+
+def by_modules(patch: pytest.MonkeyPatch) -> None:
+    """No layer is computed whole."""
+    patch.setattr(Executor, "computes_layer", lambda self, layer: False)
+
+
+@pytest.mark.parametrize("family", [*DENSE, *MIXTURES])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_and_logits_are_eager_transformers_and_every_layer_of_every_step_is_one_call(
+    family: str, batch: int, tiny_checkpoint: TinyCheckpoint, calls: list[int]
+) -> None:
+    folder, ids = tiny_checkpoint(family), tokens(N_PROMPT, batch)
+    theirs = eager(folder)
+    expected = greedy(theirs, ids, N_GEN)
+    with loaded(folder, cpu_plan(folder)) as model:
+        assert greedy(model, ids, N_GEN) == expected
+        assert calls == [batch] * (N_LAYERS * (N_GEN - 1))
+        whole = torch.cat([ids, torch.tensor(expected)], dim=1)
+        found, exact = fed(model, whole, N_PROMPT), fed(theirs, whole, N_PROMPT)
+    torch.testing.assert_close(found, exact, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["phimoe", *LATENT])
+def test_families_with_other_norms_routers_or_caches_keep_their_modules(
+    family: str, tiny_checkpoint: TinyCheckpoint, calls: list[int]
+) -> None:
+    folder = tiny_checkpoint(family)
+    with loaded(folder, cpu_plan(folder)) as model:
+        greedy(model, tokens(N_PROMPT), 3)
+    assert not calls
+
+
+@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dense_layer_has_the_bits_that_its_modules_have(
+    family: str, dtype: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, ids = tiny_checkpoint(family), tokens(20, 2)
+    with loaded(folder, cpu_plan(folder, dtype), dtype=dtype) as model:
+        whole = fed(model, ids, N_PROMPT)
+        by_modules(monkeypatch)
+        assert torch.equal(whole, fed(model, ids, N_PROMPT))
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_in_bfloat16_is_as_close_to_float32_as_its_modules_are(
+    family: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of a few tokens rounding chooses another expert, here or there, which all that follow remember.
+    folder, prompts = tiny_checkpoint(family), [tokens(30, 3, seed) for seed in range(4)]
+    theirs = eager(folder)
+    exact = torch.cat([fed(theirs, ids, N_PROMPT) for ids in prompts])
+
+    def off(model: PreTrainedModel) -> float:
+        found = torch.cat([fed(model, ids, N_PROMPT) for ids in prompts])
+        return float((found.float() - exact).square().mean(dim=-1).sqrt().quantile(0.5))
+
+    with loaded(folder, cpu_plan(folder, "bfloat16"), dtype="bfloat16") as model:
+        whole = off(model)
+        by_modules(monkeypatch)
+        assert whole < 1.25 * off(model)
+
+
+def stepped(model: PlannedModel, past: list[torch.Tensor], ids: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Logits of one more token of some sequences, whose keys and values of every layer are given."""
+    cache = DynamicCache(config=model.config)
+    for i, both in enumerate(past):
+        key, value = both[:, rows].contiguous()
+        cache.update(key, value, i)
+    with torch.no_grad():
+        found: torch.Tensor = model(ids[rows], past_key_values=cache, use_cache=True).logits
+    return found
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "qwen2_moe", "olmoe"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_has_the_same_bits_whatever_the_others_are_and_whatever_the_threads(
+    family: str, dtype: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint(family)
+    config = eager(folder).config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kind: torch.dtype = getattr(torch, dtype)
+
+    with loaded(folder, cpu_plan(folder, dtype), dtype=dtype) as model:
+
+        @settings(max_examples=10)
+        @given(st.integers(1, 8), st.integers(1, 300), st.integers(0, 1000))
+        def check(batch: int, n_past: int, seed: int) -> None:
+            draw = torch.Generator().manual_seed(seed)
+            shape = (2, batch, config.num_key_value_heads, n_past, width)
+            past = [torch.randn(shape, generator=draw).to(kind) for _ in range(N_LAYERS)]
+            ids = tokens(1, batch, seed)
+            monkeypatch.setattr(Executor, "_check_room", lambda *_: None)
+            with counted(monkeypatch) as rows:
+                together = stepped(model, past, ids, slice(None))
+                alone = [stepped(model, past, ids, slice(i, i + 1)) for i in range(batch)]
+                assert torch.equal(together, stepped(model, past, ids, slice(None)))
+                assert len(rows) == N_LAYERS * (batch + 2)
+            assert torch.equal(together, torch.cat(alone))
+            monkeypatch.setattr(native, "threads", lambda: 1 + seed % 3)
+            assert torch.equal(together, stepped(model, past, ids, slice(None)))
+
+        check()
+
+
+# -- stepping aside -----------------------------------------------------------------------------------
+
+
+def agrees(folder: Path, run: Callable[[PreTrainedModel], torch.Tensor]) -> None:
+    """A run by plan is eager transformers'."""
+    with loaded(folder, cpu_plan(folder)) as model:
+        torch.testing.assert_close(run(model), run(eager(folder)), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+def test_padding_leaves_layers_to_their_modules(family: str, tiny_checkpoint: TinyCheckpoint, calls: list[int]) -> None:
+    folder = tiny_checkpoint(family)
+    ids, mask = left_padded(tokens(N_PROMPT, 2), [N_PROMPT, 3])
+    expected = greedy(eager(folder), ids, 8, mask)
+    with loaded(folder, cpu_plan(folder)) as model:
+        assert greedy(model, ids, 8, mask) == expected
+    assert not calls
+
+
+def test_another_cache_leaves_layers_to_their_modules(tiny_checkpoint: TinyCheckpoint, calls: list[int]) -> None:
+    @torch.no_grad()
+    def run(model: PreTrainedModel) -> torch.Tensor:
+        cache, ids = StaticCache(config=model.config, max_cache_len=16), tokens(6)
+        model(ids[:, :5], past_key_values=cache, use_cache=True)
+        found: torch.Tensor = model(ids[:, 5:], past_key_values=cache, use_cache=True).logits
+        return found
+
+    agrees(tiny_checkpoint("mixtral"), run)
+    assert not calls
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_router_logits"])
+def test_what_is_asked_of_a_layers_parts_is_answered(asked: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    @torch.no_grad()
+    def run(model: PreTrainedModel) -> torch.Tensor:
+        cache, ids = DynamicCache(config=model.config), tokens(6)
+        model(ids[:, :5], past_key_values=cache, use_cache=True)
+        found = model(ids[:, 5:], past_key_values=cache, use_cache=True, **{asked: True})
+        parts = found.hidden_states if asked == "output_hidden_states" else found.router_logits
+        return torch.cat([part.flatten() for part in parts])
+
+    agrees(tiny_checkpoint("mixtral"), run)
+
+
+def test_a_hook_on_a_part_is_called_and_one_on_the_layer_costs_nothing(
+    tiny_checkpoint: TinyCheckpoint, calls: list[int]
+) -> None:
+    folder, heard = tiny_checkpoint("mixtral"), []
+    with loaded(folder, cpu_plan(folder)) as model:
+        layer = model.get_submodule("model.layers.1")
+        listening = layer.register_forward_hook(lambda *_: heard.append("layer"))
+        greedy(model, tokens(N_PROMPT), 3)
+        assert (len(heard), len(calls)) == (3, 2 * N_LAYERS)
+        listening.remove()
+        layer.get_submodule("mlp.gate").register_forward_hook(lambda *_: heard.append("gate"))
+        greedy(model, tokens(N_PROMPT), 3)
+        assert (heard.count("gate"), len(calls)) == (3, 2 * N_LAYERS + 2 * (N_LAYERS - 1))
+
+
+def test_a_weight_that_moves_and_a_part_that_is_replaced_are_noticed(tiny_checkpoint: TinyCheckpoint) -> None:
+    @torch.no_grad()
+    def run(model: PreTrainedModel) -> torch.Tensor:
+        query: Any = model.get_submodule("model.layers.0.self_attn.q_proj")
+        query.weight.data = 2 * query.weight.data
+        attention = model.get_submodule("model.layers.1.self_attn")
+        attention.o_proj = torch.nn.Sequential(attention.o_proj, torch.nn.Tanh())
+        return fed(model, tokens(8), N_PROMPT)
+
+    agrees(tiny_checkpoint("qwen3"), run)
+
+
+def test_torch_alone_computes_the_same(tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, ids = tiny_checkpoint("qwen2_moe"), tokens(12)
+    with loaded(folder, cpu_plan(folder)) as model, counted(monkeypatch) as rows:
+        whole = fed(model, ids, N_PROMPT)
+        assert len(rows) == 7 * N_LAYERS
+        monkeypatch.setenv("SCHEINFER_KERNEL", "torch")
+        torch.testing.assert_close(fed(model, ids, N_PROMPT), whole, atol=TOLERANCE, rtol=0)
+        assert len(rows) == 7 * N_LAYERS
+    with loaded(folder, cpu_plan(folder)) as model:  # loaded without the kernel
+        assert not any(isinstance(module, StepLayer) for module in model.modules())
+
+
+# -- what is recorded ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+def test_a_run_records_the_tasks_and_the_routing_that_modules_do(
+    family: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, ids = tiny_checkpoint(family), tokens(N_PROMPT, 2)
+    with loaded(folder, cpu_plan(folder)) as model:
+        found = []
+        for prepare in (lambda: None, partial(by_modules, monkeypatch)):
+            prepare()
+            greedy(model, ids, 6)
+            assert model.last_timeline is not None
+            assert model.last_routing is not None
+            spans = [(s.task, s.kind, s.resource, s.bytes, s.flops) for s in model.last_timeline.spans]
+            found.append((spans, dict(model.last_routing.counts)))
+    assert found[0] == found[1]
+
+
+def test_memory_that_runs_out_is_named_by_the_task_and_the_model_goes_on(
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Kernel, words: LayerWords) -> None:
+        raise ExecutionError("native kernel: no memory")
+
+    folder, ids = tiny_checkpoint("mixtral"), tokens(N_PROMPT)
+    with loaded(folder, cpu_plan(folder)) as model:
+        expected = greedy(model, ids, 4)
+        with monkeypatch.context() as patch:
+            patch.setattr(Kernel, "layer", fail)
+            with pytest.raises(ExecutionError, match=r"decode1\.L00\.attn failed on CPU: native kernel: no memory"):
+                greedy(model, ids, 4)
+        assert greedy(model, ids, 4) == expected
