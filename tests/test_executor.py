@@ -306,8 +306,8 @@ def test_a_failure_on_a_layer_that_lives_on_the_cpu_is_named(
 ) -> None:
     folder = tiny_checkpoint("llama")
     with loaded(folder, on_cpu(spec_of(folder))) as model:
-        break_task(monkeypatch, "decode1.L01.cc", MemoryError())
-        with pytest.raises(ExecutionError, match=r"task decode1\.L01\.cc failed on CPU: MemoryError"):
+        break_task(monkeypatch, "prefill.L01.cc", MemoryError())
+        with pytest.raises(ExecutionError, match=r"task prefill\.L01\.cc failed on CPU: MemoryError"):
             greedy(model, tokens(PROMPT), 3)
         greedy(model, tokens(PROMPT), 3)
 
