@@ -27,6 +27,7 @@ from runtime.devices.base import failure
 from runtime.executor import Executor
 from runtime.ffn import PartitionedExperts, PartitionedMlp, attach
 from runtime.layer import use_layers
+from runtime.lean import use_lean_steps
 from runtime.memory import WeightStore, allocate, fill_cache, trim_heap
 from runtime.projection import use_projections
 from runtime.skeleton import build_skeleton, load_rest
@@ -193,6 +194,7 @@ def assemble(folder: Path, spec: ModelSpec, plan: Plan, device: Device, fill: Fi
         use_steps(model)
         attach(planned, planned.executor)
         use_layers(model, planned.executor)
+        use_lean_steps(model, planned.executor)
         weakref.finalize(planned, device.close)  # threads do not outlive a model that nobody closed
         return planned
     except BaseException:

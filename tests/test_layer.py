@@ -18,6 +18,7 @@ from hwmodels.errors import ExecutionError, KernelError
 from runtime import native
 from runtime.executor import Executor
 from runtime.layer import StepLayer
+from runtime.lean import StepModel
 from runtime.native import Kernel
 from runtime.native.layer import LayerWords
 from runtime.session import PlannedModel
@@ -289,3 +290,51 @@ def test_memory_that_runs_out_is_named_by_the_task_and_the_model_goes_on(
             with pytest.raises(ExecutionError, match=r"decode1\.L00\.attn failed on CPU: native kernel: no memory"):
                 greedy(model, ids, 4)
         assert greedy(model, ids, 4) == expected
+
+
+# -- the model around its layers ----------------------------------------------------------------------
+
+
+def lean_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every step that goes from layer to layer without masks."""
+    rows: list[int] = []
+    step = StepModel._step
+
+    def count(self: StepModel, ids: torch.Tensor, *rest: Any) -> Any:
+        rows.append(ids.shape[0])
+        return step(self, ids, *rest)
+
+    monkeypatch.setattr(StepModel, "_step", count)
+    return rows
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2_moe"])
+def test_generation_takes_lean_steps_and_padding_does_not(
+    family: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rows = tiny_checkpoint(family), lean_steps(monkeypatch)
+    ids, mask = left_padded(tokens(N_PROMPT, 2), [N_PROMPT, 3])
+    with loaded(folder, cpu_plan(folder)) as model:
+        greedy(model, tokens(N_PROMPT, 2), 8)
+        assert rows == [2] * 7
+        greedy(model, ids, 8, mask)
+        assert rows == [2] * 7
+
+
+def test_a_lean_step_keeps_to_the_positions_and_the_window_that_it_is_given(
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @torch.no_grad()
+    def run(model: PreTrainedModel) -> torch.Tensor:
+        cache, ids = DynamicCache(), tokens(12)  # of full layers, whatever the config says
+        found = [model(ids[:, :5], past_key_values=cache, use_cache=True).logits[:, -1:]]
+        for i, token in enumerate(ids[:, 5:].split(1, dim=1)):
+            positions = torch.tensor([[i + 9]]) if i < 2 else None
+            found.append(model(token, past_key_values=cache, use_cache=True, position_ids=positions).logits)
+        return torch.cat(found, dim=1)
+
+    rows = lean_steps(monkeypatch)
+    agrees(tiny_checkpoint("mistral", sliding_window=8), run)
+    assert len(rows) == 2  # of 6 and 7 tokens
+    agrees(tiny_checkpoint("mistral"), run)
+    assert len(rows) == 2 + 7
