@@ -29,7 +29,18 @@ _AVX512 = (
     "-mprefer-vector-width=512",
 )
 _ANYWHERE: dict[str, tuple[str, ...]] = dict.fromkeys(
-    ("layer.cpp", "linear.cpp", "link.cpp", "mlp.cpp", "pool.cpp", "portable.cpp", "probe.cpp", "step.cpp"), ()
+    (
+        "layer.cpp",
+        "linear.cpp",
+        "link.cpp",
+        "mlp.cpp",
+        "pool.cpp",
+        "portable.cpp",
+        "probe.cpp",
+        "prompt.cpp",
+        "step.cpp",
+    ),
+    (),
 )
 _X86: dict[str, tuple[str, ...]] = {
     "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),

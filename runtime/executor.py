@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hwmodels.errors import ExecutionError, PlanError
@@ -21,7 +22,7 @@ from runtime.binding import LayerBinding, send_pairs
 from runtime.devices.base import Body, CopyPair, Device, Mark
 from runtime.memory import WeightStore
 from runtime.ops import Activation
-from runtime.projection import computes_step
+from runtime.projection import computes_prompt, computes_step
 from runtime.routing import Routed
 from sim.caching import CacheState, Key
 from sim.compile import StepCompiler
@@ -85,6 +86,8 @@ class Executor:
         self._recording = self._fresh()
         self._step: _StepState | None = None
         self._in_run, self._closed = False, False
+        self.knows_attention = False
+        """Whether the native kernel computes prompts in all of the model's attention modules."""
 
     # -- a run ----------------------------------------------------------------------------------------
 
@@ -126,7 +129,7 @@ class Executor:
 
     # -- a step ---------------------------------------------------------------------------------------
 
-    def begin_step(self, n_tokens: int, kv_tokens: int, batch: int) -> None:
+    def begin_step(self, n_tokens: int, kv_tokens: int, batch: int, masked: bool = False) -> None:
         """A forward pass begins: n_tokens rows in all, kv_tokens of depth per sequence after it.
 
         Outside a run, a pass without a past begins a new recording. ExecutionError if closed, PlanError
@@ -137,7 +140,8 @@ class Executor:
         self._abandon_step()
         if not self._in_run and n_tokens == kv_tokens * batch:
             self._recording = self._fresh()
-        by_kernel = computes_step(n_tokens)
+        prompt = self.knows_attention and not masked and computes_prompt(getattr(torch, self.spec.dtype))
+        by_kernel = computes_step(n_tokens) or prompt
         self.device.work_at(self.plan.ends, self.plan.ends == "CPU" and by_kernel)
         self.device.set_clock()
         now = self.device.mark(self.plan.ends)
@@ -180,7 +184,8 @@ class Executor:
     def computes_layer(self, layer: int) -> bool:
         """Whether the kernel may compute a layer whole in the step in progress: all of it is the CPU's, few rows."""
         step = self._current()
-        return step.by_kernel and self.plan.layers[layer].rest == "CPU" and not step.compiler.tier.offload
+        by_kernel = step.by_kernel and computes_step(step.compiler.step.n_tokens)
+        return by_kernel and self.plan.layers[layer].rest == "CPU" and not step.compiler.tier.offload
 
     def run_layer(self, layer: int, compute: Callable[[], LayerRun]) -> None:
         """A layer that one call computes whole, in place of its attention and run_mlp; same tasks."""

@@ -74,7 +74,6 @@ Kwargs = dict[str, Any]
 
 def _begin_step(executor: Executor, names: Sequence[str]) -> Callable[[nn.Module, Args, Kwargs], None]:
     def hook(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        del module
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         rows = ids if ids is not None else embeds
@@ -84,7 +83,9 @@ def _begin_step(executor: Executor, names: Sequence[str]) -> Callable[[nn.Module
         cache = given.get("past_key_values")
         grow_in_place(cache)
         depth = int(cache.get_seq_length()) if cache is not None else 0
-        executor.begin_step(batch * n_new, depth + n_new, batch)
+        mask, window = given.get("attention_mask"), getattr(module.config, "sliding_window", None)
+        masked = isinstance(mask, Tensor) and not bool(mask.all())
+        executor.begin_step(batch * n_new, depth + n_new, batch, masked or bool(window and depth + n_new >= window))
 
     return hook
 

@@ -1,11 +1,15 @@
-"""Dense projections of few rows on the CPU by the native kernel: attention's, shared experts', the head.
+"""Dense projections on the CPU by the native kernel: attention's, shared experts', the head.
 
 At one token a projection is as fast as its weights are read; F.linear in bfloat16 reads them at two thirds of
-what memory gives (experiments.cpu_kernels). Prompts stay with torch.
+what memory gives (experiments.cpu_kernels). Prompts are torch's but where the kernel computes all of them: its threads
+and torch's, which spin after each call, would wait for each other.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,6 +23,19 @@ def computes_step(n_rows: int) -> bool:
     return n_rows <= FEW_ROWS and native.kernel() is not None
 
 
+def computes_prompt(dtype: torch.dtype) -> bool:
+    """Whether the kernel computes all that is large in a prompt on the CPU, if it knows the model's attention."""
+    kernel = native.kernel()
+    if kernel is None or kernel.isa != "AVX512_BF16" or dtype != torch.bfloat16:
+        return False
+    return not native.leaves_to_torch(dtype, n_rows=math.inf)
+
+
+def is_kernels(n_rows: int) -> bool:
+    """Whether so many rows are the kernel's: few, or on threads that are its alone."""
+    return n_rows <= FEW_ROWS or torch.get_num_threads() == 1
+
+
 class Projection(nn.Linear):
     """A linear layer, in place of the one whose weights it holds."""
 
@@ -26,7 +43,8 @@ class Projection(nn.Linear):
         """x @ weight.T + bias, [..., in] -> [..., out]."""
         kernel = native.kernel()
         rows = x.reshape(-1, x.shape[-1])
-        if kernel is None or rows.shape[0] > FEW_ROWS or not native.projects(rows, self.weight, self.bias):
+        own = rows.shape[0] <= FEW_ROWS or (is_kernels(rows.shape[0]) and computes_prompt(x.dtype))
+        if kernel is None or not own or not native.projects(rows, self.weight, self.bias):
             return super().forward(x)
         return kernel.linear(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
 

@@ -191,7 +191,7 @@ def assemble(folder: Path, spec: ModelSpec, plan: Plan, device: Device, fill: Fi
         planned.device_memory = need
         planned.last_timeline, planned.last_routing = None, None
         use_projections(model)
-        use_steps(model)
+        planned.executor.knows_attention = use_steps(model)
         attach(planned, planned.executor)
         use_layers(model, planned.executor)
         use_lean_steps(model, planned.executor)

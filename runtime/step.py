@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from runtime import native
 from runtime.attention import attend_one
-from runtime.projection import FEW_ROWS
+from runtime.projection import FEW_ROWS, is_kernels
+from runtime.prompt import attend_layer, may_attend
 
 ATTENTIONS = frozenset(
     f"{family}Attention"
@@ -32,7 +33,7 @@ class StepNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         kernel, x = native.kernel(), hidden_states
-        few = x.numel() <= FEW_ROWS * self.weight.shape[0] or (x.dim() == 4 and x.shape[0] * x.shape[1] <= FEW_ROWS)
+        few = is_kernels(x.numel() // self.weight.shape[0]) or (x.dim() == 4 and x.shape[0] * x.shape[1] <= FEW_ROWS)
         if kernel is not None and few and x.is_contiguous() and native.holds(x, self.weight):
             return kernel.norm(x, self.weight, self.variance_epsilon)
         out: Tensor = super().forward(x)
@@ -56,6 +57,10 @@ class StepAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, S, D] -> [B, S, D]."""
         kernel = native.kernel()
+        if attention_mask is None and (by := self._prompt_kernel(hidden_states, position_embeddings)) is not None:
+            assert position_embeddings is not None, "a prompt has them"
+            past, layer = past_key_values, self.layer_idx
+            return attend_layer(self, by, hidden_states, position_embeddings, past, layer, self.scaling), None
         if kernel is None or attention_mask is not None or not self._is_step(hidden_states, position_embeddings):
             out: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states=hidden_states,
@@ -85,6 +90,15 @@ class StepAttention(nn.Module):
         projected: Tensor = self.get_submodule("o_proj")(mixed.reshape(batch, 1, -1))
         return projected, None
 
+    def _prompt_kernel(self, hidden: Tensor, tables: object) -> native.Kernel | None:
+        """The kernel if it computes this call: several new tokens per sequence, whole heads turned."""
+        if hidden.dim() != 3 or hidden.shape[1] == 1 or not isinstance(tables, tuple) or self.training:
+            return None
+        cos, sin = tables
+        if cos.shape[-1] != self.head_dim or cos.dim() != 3:
+            return None
+        return may_attend(self.head_dim, hidden, cos, sin)
+
     def _is_step(self, hidden: Tensor, tables: object) -> bool:
         """Whether the kernel computes this call: one new token for each of few sequences, whole heads turned."""
         if hidden.dim() != 3 or hidden.shape[1] != 1 or hidden.shape[0] > FEW_ROWS or not hidden.is_contiguous():
@@ -98,13 +112,18 @@ class StepAttention(nn.Module):
         return native.holds(hidden, cos, sin, *weights)  # type: ignore[arg-type]
 
 
-def use_steps(model: PreTrainedModel) -> None:
-    """Let the kernel compute norms and attention of small steps where the model's modules lie on the CPU."""
+def use_steps(model: PreTrainedModel) -> bool:
+    """Let the kernel compute norms and attention of modules on the CPU; whether it knows all attention."""
+    everywhere = True
     for module in model.modules():
         mixin = _mixin(module)
-        if mixin is not None and all(parameter.device.type == "cpu" for parameter in module.parameters()):
+        on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
+        if mixin is not None and on_cpu:
             cls = type(module)
             module.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+        elif type(module).__name__.endswith("Attention"):
+            everywhere = False
+    return everywhere
 
 
 def _mixin(module: nn.Module) -> type[nn.Module] | None:

@@ -130,6 +130,10 @@ def implementations(folder: Path, spec: ModelSpec) -> Iterator[PreTrainedModel]:
             ).train(False)
 
 
+def float32_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train(False), ids)
+
+
 def off(difference: torch.Tensor) -> float:
     """What nine of ten tokens stay below: of the few others, rounding chose another expert."""
     return float(difference.square().mean(dim=-1).sqrt().quantile(0.9))
@@ -147,10 +151,13 @@ def test_bfloat16_logits_lie_within_the_spread_of_hugging_face_implementations(
     theirs = [logits(model, ids).float() for model in implementations(folder, spec)]
     spread = max(off(a - b) for a in theirs for b in theirs)
     assert spread > 0
+    exact = float32_logits(folder, ids)
+    farthest = max(off(one - exact) for one in theirs)
     for plan in (on_cpu(spec), whole_experts(spec), three_ways(spec), shares(spec, 0.3, stream_min_tokens=1)):
         with loaded(folder, plan) as model:
             ours = logits(model, ids).float()
-        assert min(off(ours - one) for one in theirs) <= spread
+        # Where roundings fall elsewhere than in all of theirs, what counts is the distance to float32.
+        assert min(off(ours - one) for one in theirs) <= spread or off(ours - exact) <= farthest
 
 
 # -- the demonstration models -------------------------------------------------------------------------

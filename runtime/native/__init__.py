@@ -30,7 +30,9 @@ LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16")
 """Instruction sets that the kernel is compiled for, the best last; AMX is not among them."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE = 6
+_INTERFACE = 7
+MOST_WIDTH = 256
+"""Of a head in attend_prompt."""
 _AMX_ROWS = 32  # as many as AMX computes in the time of one
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SILU, _GELU_TANH, _GELU_ERF = range(3)
@@ -59,6 +61,11 @@ class Kernel:
     def isa(self) -> str:
         """The best instruction set."""
         return self.isas[-1]
+
+    @property
+    def attends_prompts(self) -> bool:
+        """Whether attend_prompt is there."""
+        return self.isa in ("AVX512", "AVX512_BF16")
 
     def mlp(self, x_SD: Tensor, experts: Iterable[Expert], act: int, isa: str | None = None) -> Tensor:
         """Sum over experts of their gated MLPs for their rows of x_SD, on threads() threads.
@@ -119,7 +126,7 @@ class Kernel:
         n_rows, width = x_SD.numel() // x_SD.shape[-1], x_SD.shape[-1]
         pointers = (x_SD.data_ptr(), weight_D.data_ptr(), y_SD.data_ptr())
         code, best = _DTYPES[x_SD.dtype], ISAS.index(isa or self.isa)
-        _check(self.library.scheinfer_norm(*pointers, n_rows, width, eps, code, best))
+        _check(self.library.scheinfer_norm(*pointers, n_rows, width, eps, code, best, threads()))
         return y_SD
 
     def turn(self, x_SHD: Tensor, cos: Tensor, sin: Tensor, isa: str | None = None) -> None:
@@ -128,7 +135,7 @@ class Kernel:
         stride = width if cos.shape[0] > 1 else 0
         pointers = (x_SHD.data_ptr(), cos.data_ptr(), sin.data_ptr())
         code, best = _DTYPES[x_SHD.dtype], ISAS.index(isa or self.isa)
-        _check(self.library.scheinfer_turn(*pointers, n_rows, n_heads, width, stride, code, best))
+        _check(self.library.scheinfer_turn(*pointers, n_rows, n_heads, width, stride, code, best, threads()))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, isa: str | None = None) -> Tensor:
         """One query per head over all keys, sums in float32: [B, H, Dv].
@@ -154,6 +161,28 @@ class Kernel:
     def layer(self, words: LayerWords) -> None:
         """A decoder layer for one new token of each sequence, on threads() threads; see runtime.native.layer."""
         _check(self.library.scheinfer_layer(ctypes.byref(words), threads()))
+
+    def attend_prompt(self, query: Tensor, key: Tensor, value: Tensor, scale: float, isa: str | None = None) -> Tensor:
+        """Causal attention of the last S of T tokens, sums in float32: [B, S, H, Dv].
+
+        query [B, S, H, D] contiguous; key [B, K, T, D] and value [B, K, T, Dv] as for attend. A row is the same to
+        the last bit whatever other rows are computed. Widths up to MOST_WIDTH.
+        """
+        batch, n_new, n_heads, _ = query.shape
+        _, n_kv, n_keys, width = key.shape
+        out = query.new_empty((batch, n_new, n_heads, value.shape[-1]))
+        sizes = (batch, n_new, n_heads, n_kv, n_keys, width, value.shape[-1])
+        shape = array("q", (*sizes, *key.stride()[:3], *value.stride()[:3]))
+        failed = self.library.scheinfer_attend_prompt(
+            *(tensor.data_ptr() for tensor in (query, key, value, out)),
+            shape.buffer_info()[0],
+            scale,
+            _DTYPES[query.dtype],
+            ISAS.index(isa or self.isa),
+            threads(),
+        )
+        _check(failed)
+        return out
 
     def read(self, flat: Tensor) -> None:
         """Read a tensor's memory and do nothing else, on threads() threads: what bounds mlp at one token."""
@@ -196,10 +225,11 @@ def load(path: Path) -> Kernel:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.scheinfer_mlp.argtypes = [pointer, pointer, number, number, *[ctypes.c_int] * 4, number, pointer]
     library.scheinfer_linear.argtypes = [pointer, *[number] * 3, pointer, *[ctypes.c_int] * 3]
-    library.scheinfer_norm.argtypes = [*[pointer] * 3, number, number, ctypes.c_double, *[ctypes.c_int] * 2]
-    library.scheinfer_turn.argtypes = [*[pointer] * 3, *[number] * 4, *[ctypes.c_int] * 2]
+    library.scheinfer_norm.argtypes = [*[pointer] * 3, number, number, ctypes.c_double, *[ctypes.c_int] * 3]
+    library.scheinfer_turn.argtypes = [*[pointer] * 3, *[number] * 4, *[ctypes.c_int] * 3]
     library.scheinfer_attend.argtypes = [*[pointer] * 5, ctypes.c_double, *[ctypes.c_int] * 3]
     library.scheinfer_layer.argtypes = [ctypes.POINTER(LayerWords), ctypes.c_int]
+    library.scheinfer_attend_prompt.argtypes = [*[pointer] * 5, ctypes.c_double, *[ctypes.c_int] * 3]
     library.scheinfer_read.argtypes = [pointer, number, ctypes.c_int]
     library.scheinfer_copy.argtypes = [pointer, number, ctypes.c_double, number]
     library.scheinfer_copy.restype = None

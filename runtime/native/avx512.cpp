@@ -4,9 +4,9 @@
 namespace scheinfer {
 
 const Kernels* avx512_kernels(int dtype) {
-  if (dtype == BF16) return kernels_of<Avx512<Bf16>>();
-  if (dtype == F16) return kernels_of<Avx512<F16bits>>();
-  return kernels_of<Avx512<float>>();
+  if (dtype == BF16) return prompt_kernels_of<Avx512<Bf16>>();
+  if (dtype == F16) return prompt_kernels_of<Avx512<F16bits>>();
+  return prompt_kernels_of<Avx512<float>>();
 }
 
 }  // namespace scheinfer

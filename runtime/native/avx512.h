@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "step.h"
+#include "prompt.h"
 
 namespace scheinfer {
 namespace {
@@ -49,6 +49,10 @@ struct Avx512 {
   static W load_weights(const Weight* p) { return load16(p); }
   static X load_input(const Input* p) { return _mm512_loadu_ps(p); }
   static Sum add(Sum sum, W w, X x) { return _mm512_fmadd_ps(w, x, sum); }
+  static X broadcast(const Input* p) { return _mm512_set1_ps(*p); }
+  static __m512i dwords(const Weight* p) { return _mm512_castps_si512(load16(p)); }
+  static __m512i columns(const Weight* row) { return dwords(row); }
+  static void store16(__m512 v, Input* to) { _mm512_storeu_ps(to, v); }
   static void widen_row(const Weight* from, int64_t n, float* to) {
     for (int64_t k = 0; k < n; k++) to[k] = widen(from[k]);
   }

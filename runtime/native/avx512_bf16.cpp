@@ -4,6 +4,10 @@
 namespace scheinfer {
 namespace {
 
+struct Two {
+  Bf16 one, other;
+};
+
 struct Pairs {
   using Weight = Bf16;
   using Input = Bf16;
@@ -17,6 +21,16 @@ struct Pairs {
   static W load_weights(const Weight* p) { return reinterpret_cast<W>(_mm512_loadu_si512(p)); }
   static X load_input(const Input* p) { return reinterpret_cast<X>(_mm512_loadu_si512(p)); }
   static Sum add(Sum sum, W w, X x) { return _mm512_dpbf16_ps(sum, w, x); }
+  static X broadcast(const Input* p) { return reinterpret_cast<X>(_mm512_set1_epi32(bits<int>(*reinterpret_cast<const Two*>(p)))); }
+  static __m512i dwords(const Weight* p) { return _mm512_loadu_si512(p); }
+  static __m512i columns(const Weight* rows) {  // two rows of 16
+    const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows));
+    const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + 16));
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(one), _mm512_slli_epi32(_mm512_cvtepu16_epi32(other), 16));
+  }
+  static void store16(__m512 v, Input* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+  }
   template <int R>
   static void totals(const Sum* sum, float* out) {
     add_up<R>(sum, out);
@@ -25,6 +39,6 @@ struct Pairs {
 
 }  // namespace
 
-const Kernels* avx512_bf16_kernels(int dtype) { return dtype == BF16 ? kernels_of<Pairs>() : avx512_kernels(dtype); }
+const Kernels* avx512_bf16_kernels(int dtype) { return dtype == BF16 ? prompt_kernels_of<Pairs>() : avx512_kernels(dtype); }
 
 }  // namespace scheinfer

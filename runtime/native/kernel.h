@@ -18,10 +18,20 @@ constexpr int SCRATCH = ROWS * 1024;  // floats that dots() may use to widen wei
 
 constexpr int64_t PAST_AT_ONCE = 256;  // keys that one item of attention takes
 
+constexpr int64_t BLOCK_KEYS = 64;   // keys of a prompt's attention that are packed together
+constexpr int64_t SPAN_KEYS = 256;   // between two looks at the highest score
+constexpr int64_t MOST_WIDTH = 256;  // of a prompt's heads
+
 // Keys and values of one head: widths and distances of rows, in elements; what scores are multiplied by.
 struct Past {
   int64_t key_width, value_width, key_stride, value_stride;
   float scale;
+};
+
+// One KV head's keys and values, packed in blocks; bytes of a block of each, and of 64 columns of values.
+struct Blocks {
+  const char *keys, *values;
+  int64_t key_bytes, value_bytes, panel_bytes;
 };
 
 // Activations lie in rows of float, or of bfloat16 where the instruction set multiplies pairs of it.
@@ -41,6 +51,11 @@ struct Kernels {
   void (*attend_row)(const float* query, const void* keys, const void* values, int64_t n, const Past& past,
                      float* mixed, float* top_and_sum);
   int activation_bytes;
+  // A prompt's attention; null without AVX-512. Blocks of keys and values, up to 6 neighbouring queries of a head.
+  void (*pack_keys)(const void* keys, int64_t n_keys, const Past& past, void* panel) = nullptr;
+  void (*pack_values)(const void* values, int64_t n_keys, const Past& past, void* panel) = nullptr;
+  void (*attend_rows)(int n, const Blocks& blocks, const void* const* queries, int64_t position, const Past& past,
+                      void* const* out) = nullptr;
 };
 
 // Functions of an instruction set for a dtype of weights; null where they were not compiled.

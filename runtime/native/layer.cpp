@@ -19,9 +19,10 @@ int scheinfer_linear(const void* x, int64_t S, int64_t K, int64_t n_projections,
                      int isa, int n_threads);
 int scheinfer_mlp(const void* x, void* y, int64_t S, int64_t D, int dtype, int act, int isa, int n_threads,
                   int64_t n_experts, const int64_t* experts);
-int scheinfer_norm(const void* x, const void* weight, void* y, int64_t S, int64_t D, double eps, int dtype, int isa);
+int scheinfer_norm(const void* x, const void* weight, void* y, int64_t S, int64_t D, double eps, int dtype, int isa,
+                   int n_threads);
 int scheinfer_turn(void* x, const void* cosine, const void* sine, int64_t S, int64_t heads, int64_t D,
-                   int64_t table_stride, int dtype, int isa);
+                   int64_t table_stride, int dtype, int isa, int n_threads);
 int scheinfer_attend(const void* query, const void* key, const void* value, void* out, const int64_t* shape,
                      double scale, int dtype, int isa, int n_threads);
 }
@@ -57,7 +58,7 @@ struct Call {
   float *one = nullptr, *other = nullptr;  // a row each
 
   void norm(const void* x, const void* weight, double eps, void* to) const {
-    check(scheinfer_norm(x, weight, to, S, l.width, eps, dtype, isa));
+    check(scheinfer_norm(x, weight, to, S, l.width, eps, dtype, isa, 1));
   }
   void project(const void* x, int64_t K, const std::vector<int64_t>& words) const {
     check(scheinfer_linear(x, S, K, int64_t(words.size() / 4), words.data(), dtype, isa, n_threads));
@@ -95,10 +96,10 @@ void place(const Call& call, char* x, const void* weight, int64_t heads) {
   const int64_t n = heads * l.head_width;
   if (weight) {
     const int64_t rows = l.norms_whole ? call.S : call.S * heads, width = l.norms_whole ? n : l.head_width;
-    check(scheinfer_norm(x, weight, x, rows, width, l.head_eps, call.dtype, call.isa));
+    check(scheinfer_norm(x, weight, x, rows, width, l.head_eps, call.dtype, call.isa, 1));
   }
   clip(call, x, n);
-  check(scheinfer_turn(x, l.cosine, l.sine, call.S, heads, l.head_width, l.table_stride, call.dtype, call.isa));
+  check(scheinfer_turn(x, l.cosine, l.sine, call.S, heads, l.head_width, l.table_stride, call.dtype, call.isa, 1));
 }
 
 void append(const Call& call, const char* from, void* buffer, const int64_t* strides) {

@@ -45,6 +45,24 @@ inline int64_t rows_at_once(int64_t n, int n_threads) {
   return share < MOST_ROWS ? share : MOST_ROWS;
 }
 
+// Calls work(row) for each of n rows of so many elements, on n_threads threads if that is worth waking them.
+template <class Work>
+void for_rows(int n_threads, int64_t n, int64_t width, const Work& work) {
+  constexpr int64_t WORTH = 1 << 15;  // elements
+  const int64_t each = 1 + WORTH / (width + 1);
+  struct Context {
+    const Work& work;
+    int64_t n, each;
+  } context{work, n, each};
+  parallel(
+      n_threads, (n + each - 1) / each,
+      [](void* p, int64_t item) {
+        const Context& c = *static_cast<const Context*>(p);
+        for (int64_t i = item * c.each; i < c.n && i < (item + 1) * c.each; i++) c.work(i);
+      },
+      &context);
+}
+
 // Functions for a dtype of weights; null where this CPU lacks the instruction set or they were not compiled.
 const Kernels* kernels(int isa, int dtype);
 

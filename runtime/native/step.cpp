@@ -54,26 +54,29 @@ using namespace scheinfer;
 extern "C" {
 
 // y [S, D] = weight [D] * x [S, D] over its root mean square.
-int scheinfer_norm(const void* x, const void* weight, void* y, int64_t S, int64_t D, double eps, int dtype, int isa) {
+int scheinfer_norm(const void* x, const void* weight, void* y, int64_t S, int64_t D, double eps, int dtype, int isa,
+                   int n_threads) {
   const Kernels* k = kernels(isa, dtype);
   if (!k) return 2;
   const int64_t bytes = D * (dtype == F32 ? 4 : 2);
-  for (int64_t s = 0; s < S; s++)
+  for_rows(n_threads, S, D, [=](int64_t s) {
     k->norm_row(static_cast<const char*>(x) + s * bytes, weight, D, float(eps), static_cast<char*>(y) + s * bytes);
+  });
   return 0;
 }
 
 // Rotary embedding in place: x [S, heads, D], cosine and sine [S, D], or [1, D] for all rows (table_stride 0).
 int scheinfer_turn(void* x, const void* cosine, const void* sine, int64_t S, int64_t heads, int64_t D,
-                   int64_t table_stride, int dtype, int isa) {
+                   int64_t table_stride, int dtype, int isa, int n_threads) {
   const Kernels* k = kernels(isa, dtype);
   if (!k) return 2;
   const int64_t bytes = dtype == F32 ? 4 : 2;
-  for (int64_t i = 0; i < S * heads; i++) {
-    const int64_t table = i / heads * table_stride * bytes;
-    k->turn_row(static_cast<char*>(x) + i * D * bytes, static_cast<const char*>(cosine) + table,
-                static_cast<const char*>(sine) + table, D);
-  }
+  for_rows(n_threads, S, heads * D, [=](int64_t s) {
+    const int64_t table = s * table_stride * bytes;
+    for (int64_t i = s * heads; i < (s + 1) * heads; i++)
+      k->turn_row(static_cast<char*>(x) + i * D * bytes, static_cast<const char*>(cosine) + table,
+                  static_cast<const char*>(sine) + table, D);
+  });
   return 0;
 }
 

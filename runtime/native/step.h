@@ -47,7 +47,15 @@ void norm_row(const void* from, const void* weight, int64_t n, float eps, void* 
   }
 }
 
-// Turns pairs (i, i + n / 2) of n values by the angles whose cosine and sine are given.
+template <class Element>
+inline float rounded(float v) {
+  Element e;
+  narrow(v, e);
+  return widen(e);
+}
+
+// Turns pairs (i, i + n / 2) of n values by the angles whose cosine and sine are given; products and their sum are
+// rounded, as the models' own code does.
 template <class Element>
 void turn_row(void* values, const void* cosine, const void* sine, int64_t n) {
   auto* x = static_cast<Element*>(values);
@@ -55,8 +63,8 @@ void turn_row(void* values, const void* cosine, const void* sine, int64_t n) {
   const int64_t half = n / 2;
   for (int64_t i = 0; i < half; i++) {
     const float a = widen(x[i]), b = widen(x[i + half]);
-    narrow(a * widen(c[i]) - b * widen(s[i]), x[i]);
-    narrow(b * widen(c[i + half]) + a * widen(s[i + half]), x[i + half]);
+    narrow(rounded<Element>(a * widen(c[i])) - rounded<Element>(b * widen(s[i])), x[i]);
+    narrow(rounded<Element>(b * widen(c[i + half])) + rounded<Element>(a * widen(s[i + half])), x[i + half]);
   }
 }
 

@@ -1,0 +1,87 @@
+// A prompt's attention: new tokens over a sequence's past and over each other, each up to itself.
+#include <vector>
+
+#include "rows.h"
+
+namespace scheinfer {
+namespace {
+
+constexpr int64_t TILE = 6, ITEM_TILES = 8;
+
+struct Attention {
+  const Kernels* k;
+  const char *query, *key, *value;
+  char *out, *keys, *values;  // keys and values packed, by KV head of a sequence
+  int64_t n_new, n_keys, group, n_heads, n_kv, bytes;
+  const int64_t *key_at, *value_at;  // strides in bytes of batch and head
+  Past past;
+  Blocks sizes;
+};
+
+int64_t n_blocks(const Attention& a) { return (a.n_keys + BLOCK_KEYS - 1) / BLOCK_KEYS; }
+
+void pack_block(void* context, int64_t index) {
+  const Attention& a = *static_cast<const Attention*>(context);
+  const int64_t head = index / n_blocks(a), first = index % n_blocks(a) * BLOCK_KEYS;
+  const int64_t n = a.n_keys - first < BLOCK_KEYS ? a.n_keys - first : BLOCK_KEYS;
+  const char* key = a.key + head / a.n_kv * a.key_at[0] + head % a.n_kv * a.key_at[1];
+  const char* value = a.value + head / a.n_kv * a.value_at[0] + head % a.n_kv * a.value_at[1];
+  a.k->pack_keys(key + first * a.past.key_stride * a.bytes, n, a.past, a.keys + index * a.sizes.key_bytes);
+  a.k->pack_values(value + first * a.past.value_stride * a.bytes, n, a.past, a.values + index * a.sizes.value_bytes);
+}
+
+// One head's queries of a few tiles; the last tokens of a KV head, which see most, come first.
+void attend_some(void* context, int64_t index) {
+  const Attention& a = *static_cast<const Attention*>(context);
+  const int64_t n_items = (a.n_new + TILE * ITEM_TILES - 1) / (TILE * ITEM_TILES), per_kv = n_items * a.group;
+  const int64_t kv = index / per_kv, item = n_items - 1 - index % per_kv / a.group, b = kv / a.n_kv;
+  const int64_t head = kv % a.n_kv * a.group + index % a.group, end = (item + 1) * TILE * ITEM_TILES;
+  Blocks blocks = a.sizes;
+  blocks.keys = a.keys + kv * n_blocks(a) * a.sizes.key_bytes;
+  blocks.values = a.values + kv * n_blocks(a) * a.sizes.value_bytes;
+  for (int64_t t = item * TILE * ITEM_TILES; t < end && t < a.n_new; t += TILE) {
+    const int n = int(a.n_new - t < TILE ? a.n_new - t : TILE);
+    const void* queries[TILE];
+    void* out[TILE];
+    for (int m = 0; m < n; m++) {
+      const int64_t row = (b * a.n_new + t + m) * a.n_heads + head;
+      queries[m] = a.query + row * a.past.key_width * a.bytes;
+      out[m] = a.out + row * a.past.value_width * a.bytes;
+    }
+    a.k->attend_rows(n, blocks, queries, a.n_keys - a.n_new + t, a.past, out);
+  }
+}
+
+}  // namespace
+}  // namespace scheinfer
+
+using namespace scheinfer;
+
+// out [B, S, H, value_width] of query [B, S, H, key_width] over n_keys keys and values, of which the last S are the
+// queries' own. shape: B, S, H, KV heads, n_keys, key_width, value_width, then strides in elements of batch, head and row
+// of key and value. 0, or 1 without memory, 2 where the instruction set has no such attention, or not of such a width.
+extern "C" int scheinfer_attend_prompt(const void* query, const void* key, const void* value, void* out,
+                                       const int64_t* shape, double scale, int dtype, int isa, int n_threads) {
+  static thread_local Aligned memory;
+  try {
+    const Kernels* k = kernels(isa, dtype);
+    if (!k || !k->attend_rows || shape[5] > MOST_WIDTH || shape[6] > MOST_WIDTH) return 2;
+    const int64_t batch = shape[0], heads = shape[2], n_kv = shape[3], bytes = dtype == F32 ? 4 : 2;
+    const int64_t key_at[2] = {shape[7] * bytes, shape[8] * bytes}, value_at[2] = {shape[10] * bytes, shape[11] * bytes};
+    const int64_t size = k->activation_bytes, panel_bytes = BLOCK_KEYS * BLOCK_KEYS * size;
+    const Past past{shape[5], shape[6], shape[9], shape[12], float(scale)};
+    const Blocks sizes{nullptr, nullptr, BLOCK_KEYS * up_to(past.key_width, PAD) * size,
+                       up_to(past.value_width, BLOCK_KEYS) / BLOCK_KEYS * panel_bytes, panel_bytes};
+    Attention a{k, static_cast<const char*>(query), static_cast<const char*>(key), static_cast<const char*>(value),
+                static_cast<char*>(out), nullptr, nullptr, shape[1], shape[4], heads / n_kv, heads, n_kv, bytes, key_at,
+                value_at, past, sizes};
+    const int64_t n_packed = batch * n_kv * n_blocks(a), per_kv = (a.n_new + TILE * ITEM_TILES - 1) / (TILE * ITEM_TILES);
+    a.keys = memory.at_least(size_t(n_packed * (sizes.key_bytes + sizes.value_bytes)));
+    a.values = a.keys + n_packed * sizes.key_bytes;
+    parallel(n_threads, n_packed, pack_block, &a);
+    parallel(n_threads, batch * heads * per_kv, attend_some, &a);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
