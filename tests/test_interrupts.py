@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from runtime import session
 from runtime.binding import LayerBinding
 from runtime.cli import main
 from runtime.cli.entry import DONE, INTERRUPTED
 from runtime.devices.base import Body
+from runtime.executor import Executor
 from runtime.memory import LayerStore
 from sim.graph import Task
 from tests.conftest import TinyCheckpoint
@@ -64,6 +66,23 @@ def in_task(step: str, kind: str) -> Place:
             return interrupted if (task.step, task.kind) in once else body
 
         monkeypatch.setattr(LayerBinding, "bind", bind_one)
+
+    return patch
+
+
+def entering(step: str) -> Place:
+    """When a step's first layer begins: where one call computes whole layers, their tasks have no bodies."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        enter, once = Executor.enter_layer, [step]
+
+        def interrupted(self: Executor, layer: int, hidden: Tensor) -> Tensor:
+            if self.open_task is not None and self.open_task.step in once:
+                once.clear()
+                ctrl_c()
+            return enter(self, layer, hidden)
+
+        monkeypatch.setattr(Executor, "enter_layer", interrupted)
 
     return patch
 
@@ -131,9 +150,9 @@ def test_a_plan_that_is_interrupted_while_it_is_written_is_not_there(
 CHAT = ("--device", "emulated", "-n", "6", "-c", "64", "--policy", "cpu-only")
 
 
-@pytest.mark.parametrize("step", ["prefill", "decode3"])
+@pytest.mark.parametrize("place", [in_task("prefill", "cc"), entering("decode3")], ids=["prompt", "decode"])
 def test_chat_stops_the_answer_and_goes_on_as_if_it_had_not_been_asked(
-    step: str,
+    place: Place,
     speaking: Path,  # noqa: F811
     machine: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -148,7 +167,7 @@ def test_chat_stops_the_answer_and_goes_on_as_if_it_had_not_been_asked(
         return out, err
 
     expected, _ = talk("w3\n")
-    in_task(step, "cc")(monkeypatch)
+    place(monkeypatch)
     out, err = talk("w1 w2\n!clear\nw3\n")
     assert "stopped" in err
     assert out.splitlines()[-1] == expected.splitlines()[0]
