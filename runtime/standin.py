@@ -116,7 +116,10 @@ def _decode_ends(model: PlannedModel) -> Iterator[tuple[Work | str, float]]:
 
 
 def forward(model: PlannedModel, n_tokens: int, past: int) -> tuple[Timeline, RoutingTrace]:
-    """One forward pass of n_tokens new tokens over a cache of `past` tokens."""
+    """One forward pass of n_tokens new tokens over a cache of `past` tokens.
+
+    One token comes after another, whose pass is not recorded: so it is in decode, where the cache has grown in place.
+    """
     cache, executor = DynamicCache(config=model.config), model.executor
     if past:
         for i, layer in enumerate(executor.spec.layers):
@@ -125,8 +128,10 @@ def forward(model: PlannedModel, n_tokens: int, past: int) -> tuple[Timeline, Ro
             keys = torch.zeros(shape, dtype=getattr(torch, executor.spec.dtype), device=here)
             cache.update(keys, keys.clone(), i)
     ids = torch.randint(0, executor.spec.vocab, (1, n_tokens), device=model.device)
-    executor.begin_run()
     with torch.no_grad():
+        if n_tokens == 1:
+            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        executor.begin_run()
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return executor.end_run({})
 
