@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 from transformers import DynamicCache, PreTrainedModel
 
 from runtime import native
@@ -23,7 +22,7 @@ from runtime.executor import Executor, LayerRun
 from runtime.ffn import PartitionedExperts, PartitionedMlp
 from runtime.kv import GrowingLayer
 from runtime.native.layer import LayerWords
-from runtime.projection import Projection
+from runtime.projection import Projection, untouched
 from runtime.skeleton import decoder_layers
 
 MIXTURES = frozenset(f"{family}SparseMoeBlock" for family in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe"))
@@ -43,7 +42,8 @@ class UnfitError(Exception):
 class Prepared:
     """A layer's words for the kernel, and what they were read from: a module is replaced, a weight moved.
 
-    links are (modules of an owner, name, module), values (parameters of a module, name, address).
+    links are (modules of an owner, name, module), values (parameters of a module, name, address), facts (owner, name
+    of an attribute, value).
     """
 
     words: LayerWords
@@ -52,15 +52,22 @@ class Prepared:
     table: array[int]
     links: tuple[tuple[dict[str, Any], str, nn.Module], ...]
     values: tuple[tuple[dict[str, Any], str, int], ...]
+    facts: tuple[tuple[object, str, object], ...]
 
     def holds(self) -> bool:
         """Whether all is as it was read, and nobody listens to a part of it."""
         for modules, name, module in self.links:
-            if modules.get(name) is not module or module._forward_hooks or module._forward_pre_hooks:
+            if modules.get(name) is not module:
                 return False
-        if any(parameters[name].data_ptr() != address for parameters, name, address in self.values):
+        if any(_address(parameters.get(name)) != address for parameters, name, address in self.values):
             return False
-        return not hooks._has_any_global_hook()  # type: ignore[no-untyped-call]
+        if any(getattr(owner, name, None) != value for owner, name, value in self.facts):
+            return False
+        return untouched(module for _, _, module in self.links)
+
+
+def _address(parameter: Tensor | None) -> int:
+    return 0 if parameter is None else parameter.data_ptr()
 
 
 class StepLayer(nn.Module):
@@ -98,7 +105,9 @@ class StepLayer(nn.Module):
 
     def _past_fits(self, cache: object, hidden: Tensor) -> bool:
         """Whether a cache holds tokens of these sequences, and grows in place."""
-        if type(cache) is not DynamicCache or cache.offloading or self.index >= len(cache.layers):
+        if type(cache) is not DynamicCache or "update" in vars(cache) or cache.offloading:
+            return False
+        if self.index >= len(cache.layers):
             return False
         past, words = cache.layers[self.index], self.prepared.words
         if type(past) is not GrowingLayer or not past.is_initialized or past.keys is None or past.values is None:
@@ -153,6 +162,7 @@ class _Reader:
         self.dtype = dtype
         self.links: list[tuple[dict[str, Any], str, nn.Module]] = []
         self.values: list[tuple[dict[str, Any], str, int]] = []
+        self.facts: list[tuple[object, str, object]] = []
 
     def part(self, owner: nn.Module, name: str, fits: Callable[[nn.Module], bool]) -> nn.Module:
         """A module of another, if it is of the kind asked for."""
@@ -165,6 +175,7 @@ class _Reader:
     def address(self, module: nn.Module, name: str = "weight", shape: tuple[int, ...] | None = None) -> int:
         """Where a parameter lies; 0 if the module has none of that name."""
         value = module._parameters.get(name)
+        self.values.append((module._parameters, name, _address(value)))
         if value is None and shape is None:
             return 0
         if value is None:
@@ -172,8 +183,12 @@ class _Reader:
         wrong = value.dtype != self.dtype or value.device.type != "cpu" or not value.is_contiguous()
         if wrong or (shape is not None and value.shape != shape):
             raise UnfitError(name)
-        self.values.append((module._parameters, name, value.data_ptr()))
         return value.data_ptr()
+
+    def fact(self, owner: object, name: str) -> Any:
+        """An attribute that is neither module nor parameter; None if there is none."""
+        self.facts.append((owner, name, getattr(owner, name, None)))
+        return self.facts[-1][-1]
 
     def linear(self, owner: nn.Module, name: str, shape: tuple[int, int]) -> tuple[int, int]:
         """Addresses of a projection's weight [out, in] and of its bias, 0 for none."""
@@ -183,7 +198,7 @@ class _Reader:
     def norm(self, owner: nn.Module, name: str, width: int) -> tuple[int, float]:
         """Address of a root mean square norm's weight, and its epsilon."""
         module = self.part(owner, name, lambda m: type(m).__name__.endswith("RMSNorm"))
-        return self.address(module, "weight", (width,)), float(module.variance_epsilon)  # type: ignore[arg-type]
+        return self.address(module, "weight", (width,)), float(self.fact(module, "variance_epsilon"))
 
 
 def prepare(layer: nn.Module, index: int, executor: Executor, kernel: native.Kernel) -> Prepared:
@@ -201,14 +216,14 @@ def prepare(layer: nn.Module, index: int, executor: Executor, kernel: native.Ker
     table = _table(words, executor, index)
     counts = array("q", [0] * words.n_experts)
     words.experts, words.counts = table.buffer_info()[0], counts.buffer_info()[0]
-    return Prepared(words, dtype, counts, table, tuple(reader.links), tuple(reader.values))
+    return Prepared(words, dtype, counts, table, tuple(reader.links), tuple(reader.values), tuple(reader.facts))
 
 
 def _read_attention(words: LayerWords, reader: _Reader, layer: nn.Module) -> None:
     attention: Any = reader.part(layer, "self_attn", lambda m: hasattr(m, "scaling") and hasattr(m, "head_dim"))
-    config, width = attention.config, attention.head_dim
+    config, width = attention.config, reader.fact(attention, "head_dim")
     words.n_heads, words.n_kv_heads, words.head_width = config.num_attention_heads, config.num_key_value_heads, width
-    words.scale, clip = attention.scaling, getattr(config, "clip_qkv", None)
+    words.scale, clip = reader.fact(attention, "scaling"), reader.fact(config, "clip_qkv")
     words.clip = torch.inf if clip is None else clip
     n_query, n_key = words.n_heads * width, words.n_kv_heads * width
     words.query, words.query_bias = reader.linear(attention, "q_proj", (n_query, words.width))
@@ -229,13 +244,15 @@ def _read_mlp(words: LayerWords, reader: _Reader, layer: nn.Module, act: int) ->
         return
     experts: Any = reader.part(mlp, "experts", lambda m: type(m) is PartitionedExperts)
     gate: Any = reader.part(mlp, "gate", lambda m: type(m).__name__.endswith("TopKRouter"))
-    words.n_experts, words.top_k = experts.num_experts, gate.top_k
+    words.n_experts, words.top_k = experts.num_experts, reader.fact(gate, "top_k")
     words.router = reader.address(gate, "weight", (words.n_experts, words.width))
-    words.normalises = getattr(gate, "norm_topk_prob", True)
+    normalises = reader.fact(gate, "norm_topk_prob")
+    words.normalises = normalises or not hasattr(gate, "norm_topk_prob")  # Mixtral's, for one
     words.rounds = not type(mlp).__name__.startswith("Mixtral")  # whose weights stay float32
     if not hasattr(mlp, "shared_expert"):
         return
-    shared: Any = reader.part(mlp, "shared_expert", lambda m: native.activation_code(getattr(m, "act_fn", None)) == act)
+    shared: Any = reader.part(mlp, "shared_expert", lambda m: True)
+    reader.part(shared, "act_fn", lambda m: native.activation_code(m) == act)
     columns = words.shared_columns = shared.gate_proj.weight.shape[0]
     words.shared_gate, _ = reader.linear(shared, "gate_proj", (columns, words.width))
     words.shared_up, _ = reader.linear(shared, "up_proj", (columns, words.width))

@@ -50,7 +50,9 @@ class StepModel(nn.Module):
         n_tokens, window = cache.get_seq_length() + 1, getattr(self.config, "sliding_window", None)
         if n_tokens == 1 or (window and n_tokens >= window):
             return False
-        return mask is None or (mask.shape == (ids.shape[0], n_tokens) and bool(mask.all()))
+        if mask is None:
+            return True
+        return isinstance(mask, Tensor) and mask.shape == (ids.shape[0], n_tokens) and bool(mask.all())
 
     def _is_asked(self, kwargs: dict[str, Any]) -> bool:
         """Whether the caller wants more than the last hidden state and the cache."""

@@ -8,9 +8,11 @@ and torch's, which spin after each call, would wait for each other.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 from transformers import PreTrainedModel
 
 from runtime import native
@@ -36,6 +38,14 @@ def is_kernels(n_rows: int) -> bool:
     return n_rows <= FEW_ROWS or torch.get_num_threads() == 1
 
 
+def untouched(modules: Iterable[nn.Module]) -> bool:
+    """Whether nobody listens to any of these, and each computes what its class does."""
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return False
+    return not hooks._has_any_global_hook()  # type: ignore[no-untyped-call]
+
+
 class Projection(nn.Linear):
     """A linear layer, in place of the one whose weights it holds."""
 
@@ -44,9 +54,13 @@ class Projection(nn.Linear):
         kernel = native.kernel()
         rows = x.reshape(-1, x.shape[-1])
         own = rows.shape[0] <= FEW_ROWS or (is_kernels(rows.shape[0]) and computes_prompt(x.dtype))
-        if kernel is None or not own or not native.projects(rows, self.weight, self.bias):
+        if kernel is None or not own or not self.takes(rows):
             return super().forward(x)
         return kernel.linear(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernel computes this layer of such rows."""
+        return native.projects(x, self.weight, self.bias)
 
 
 def use_projections(model: PreTrainedModel) -> None:

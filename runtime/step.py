@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from runtime import native
 from runtime.attention import attend_one
-from runtime.projection import FEW_ROWS, is_kernels
+from runtime.projection import FEW_ROWS, Projection, is_kernels, untouched
 from runtime.prompt import attend_layer, may_attend
 
 ATTENTIONS = frozenset(
@@ -72,10 +72,9 @@ class StepAttention(nn.Module):
             return out
         assert position_embeddings is not None, "a step has them"
         batch, width = hidden_states.shape[0], self.head_dim
-        layers = [self.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
+        layers = [(p.weight, p.bias) for p in self._projections()]
         query, key, value = (
-            flat.view(batch, -1, width)
-            for flat in kernel.linears(hidden_states.view(batch, -1), [(p.weight, p.bias) for p in layers])  # type: ignore[misc]
+            flat.view(batch, -1, width) for flat in kernel.linears(hidden_states.view(batch, -1), layers)
         )
         if hasattr(self, "q_norm"):
             query = self.get_submodule("q_norm")(query[:, None])[:, 0]
@@ -95,7 +94,7 @@ class StepAttention(nn.Module):
         if hidden.dim() != 3 or hidden.shape[1] == 1 or not isinstance(tables, tuple) or self.training:
             return None
         cos, sin = tables
-        if cos.shape[-1] != self.head_dim or cos.dim() != 3:
+        if cos.shape[-1] != self.head_dim or cos.dim() != 3 or not self._projections():
             return None
         return may_attend(self.head_dim, hidden, cos, sin)
 
@@ -108,8 +107,15 @@ class StepAttention(nn.Module):
         cos, sin = tables
         if cos.shape[-1] != self.head_dim or cos.numel() not in (self.head_dim, hidden.shape[0] * self.head_dim):
             return False
-        weights = [self.get_submodule(name).weight for name in ("q_proj", "k_proj", "v_proj")]
-        return native.holds(hidden, cos, sin, *weights)  # type: ignore[arg-type]
+        layers = self._projections()
+        return bool(layers) and native.holds(hidden, cos, sin) and all(p.takes(hidden) for p in layers)
+
+    def _projections(self) -> list[Projection]:
+        """Those of query, key and value; none if one was wrapped, or anybody listens to what is turned in place."""
+        parts = self._modules
+        layers = [p for p in map(parts.get, ("q_proj", "k_proj", "v_proj")) if type(p) is Projection]
+        norms = [p for p in map(parts.get, ("q_norm", "k_norm")) if p is not None]
+        return layers if len(layers) == 3 and untouched((*layers, *norms)) else []
 
 
 def use_steps(model: PreTrainedModel) -> bool:

@@ -91,6 +91,20 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
     )
 
 
+@needs_avx512
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_is_not_a_number_stays_so_and_in_its_row(dtype: torch.dtype, isa: str) -> None:
+    assert isinstance(INSTALLED, native.Kernel)
+    query, key, value = drawn(70, 200, 2, 64, 64, dtype)
+    query[0, 50, 1] = torch.nan  # one head's
+    key[1, 1, 230] = torch.nan  # of its group all queries that see it
+    wrong = INSTALLED.attend_prompt(query, key, value, 0.125, isa).isnan().all(-1)
+    expected = torch.zeros(2, 70, 4, dtype=torch.bool)
+    expected[0, 50, 1] = expected[1, 30:, 2:] = True
+    assert torch.equal(wrong, expected)
+
+
 @pytest.mark.parametrize("kernel", ["auto", "torch"])
 @torch.no_grad()
 def test_without_a_mask_attention_is_aligned_at_the_last_key(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:

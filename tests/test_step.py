@@ -97,6 +97,45 @@ def test_a_cache_that_grows_in_place_holds_what_one_that_copies_does_whatever_ha
     feed(2)
 
 
+def growing(n_tokens: int, batch: int = 1) -> DynamicCache:
+    """A cache of one layer that has grown in place."""
+    cache = DynamicCache()
+    for n in (n_tokens - 1, 1):
+        cache.update(*torch.randn(2, batch, 2, n, 8), 0)
+        grow_in_place(cache)
+    return cache
+
+
+@torch.no_grad()
+def test_copies_of_a_caches_layers_do_not_write_into_each_other() -> None:
+    cache = growing(5)
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    cache.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8), 0)
+    other.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 0)
+    assert cache.layers[0].keys[:, :, -1].eq(1).all()
+    assert other.layers[0].keys[:, :, -1].eq(0).all()
+    assert torch.equal(other.layers[0].keys[:, :, :-1], cache.layers[0].keys[:, :, :-1])
+
+
+@torch.no_grad()
+def test_a_cache_that_began_in_inference_mode_goes_on_outside_it() -> None:
+    with torch.inference_mode():
+        cache = growing(5)
+    for n_tokens in (6, 7):
+        keys, _ = cache.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8), 0)
+        assert keys.shape == (1, 2, n_tokens, 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("held", "new"), [(1, 3), (3, 1)])
+def test_tokens_of_another_number_of_sequences_are_refused(held: int, new: int) -> None:
+    cache = growing(5, held)
+    with pytest.raises(RuntimeError, match="must match"):
+        cache.update(*torch.randn(2, new, 2, 1, 8), 0)
+    assert cache.get_seq_length() == 5
+
+
 @torch.no_grad()
 def test_a_token_appended_moves_no_other() -> None:
     cache = DynamicCache()

@@ -336,9 +336,9 @@ def takes(x_SD: Tensor, pieces: Sequence[Piece]) -> bool:
 
 
 def holds(*tensors: Tensor) -> bool:
-    """Whether the kernel takes these: on the CPU, of one dtype that it knows, rows without gaps, no gradient."""
+    """Whether the kernel takes these: on the CPU, of one dtype it knows, rows without gaps; no autograd or autocast."""
     dtype = tensors[0].dtype
-    if dtype not in _DTYPES or torch.is_grad_enabled():
+    if dtype not in _DTYPES or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     return all(t.dtype == dtype and t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
 

@@ -101,7 +101,7 @@ inline void add_steps(const char* panel, int64_t steps, const typename T::Input*
 }
 
 inline __m512 exp_of(__m512 v) {  // the scalar one's
-  v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
+  v = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), v));  // of NaN: the second
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), 8);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), v);
   r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
