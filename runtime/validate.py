@@ -30,7 +30,7 @@ from hwmodels.provenance import versions
 from hwmodels.units import format_bytes
 from runtime.budget import fixed_bytes, half_budget
 from runtime.cache import cached_profile
-from runtime.calibrate import yardstick
+from runtime.calibrate import calibrate, yardstick
 from runtime.choice import Choice, choice, predicted_s
 from runtime.measure import Measured, measure, median_run
 from runtime.session import load_planned
@@ -179,8 +179,11 @@ def _judging(
     told = moved(profile.curves, yardsticks)
     if not told:
         return profile, []
-    again = cached_profile(folder, job.device, job.quick, job.cpu_threads, job.progress, fresh=True)
-    both = "It was calibrated again after the runs; what is simulated here rests on the mean of both calibrations."
+    again = calibrate(folder, job.device, job.quick, job.cpu_threads, job.progress)  # the cached one may be a mean
+    both = (
+        "It was calibrated again after the runs; what is simulated here rests on the mean of both calibrations. "
+        "Plans are still made with the first: calibrate anew (--fresh) if the speed stays."
+    )
     try:
         return pooled([profile, again]), [*told, both]
     except FormatError as error:  # a cached profile of an older version measured other points
