@@ -215,9 +215,10 @@ for label, prefix in (("with contention", "simulated_"), ("without", "isolated_"
     )
 
 # %% [markdown]
-# **Takeaway.** Of pairs of plans that differ by more than the noise, practically all are put in their order, and after
-# running the three plans predicted best nothing is left to regret: that is what a simulator is for. Its single
-# numbers are less good than asked: steps miss by about 7 % in the median where 5 % was the bar, the machine itself
-# repeats a step within 5 %, and one step in ten is off by 20 %, as it is between two measurements. The model is
-# too fast by some per cent, and the anatomy says where: small tasks that start cold after weights were sent, and
-# parts that run beside each other. `experiments/LOG.md` has the story.
+# **Takeaway.** Of pairs of plans that differ by more than the noise, 99 of 100 are put in their order, and after
+# running the three plans predicted best nothing is left to regret: that is what a simulator is for. What a user is
+# told before anything runs is right within 4 % of a generation's time in the median, and 12 % for nine in ten. Judged
+# by all calibrations, taken between the runs, single steps miss by 10 % where 5 % was the bar, nearly all too fast,
+# where the machine itself repeats a step within 5 %: small calls of torch and Python were calibrated faster than they
+# ran, and nobody knows yet why. In the run before, whose calibration of one token was too slow, steps missed by 5 %:
+# two errors can hide each other. `experiments/LOG.md` has the story.
