@@ -1,6 +1,6 @@
 """Can the simulator be trusted to choose a plan?
 
-    python -m experiments.fidelity                    25 minutes on 2 cores; writes experiments/results/fidelity/
+    python -m experiments.fidelity                    22 minutes on 2 cores; writes experiments/results/fidelity/
     python -m experiments.fidelity --models tiny-llama    one model; the other's evidence stays as it is
     python -m experiments.fidelity --replay           10 s: today's simulator over the evidence that is there
     python -m experiments.fidelity --smoke            30 s on a tiny shape; writes nowhere unless --out is given
@@ -42,7 +42,14 @@ from sim.workload import Workload
 
 MODELS = ("tiny-mixtral", "tiny-llama")
 PROTOCOL = Protocol(((Workload(100, 10), 0.5), (Workload(100, 10), 0.25), (Workload(20, 12), 0.4)), n_drawn=96)
-TINY_PROTOCOL = Protocol(((Workload(10, 3), 0.5), (Workload(6, 4), 0.3)), ("cpu-only", "stream", "scheinfer"), 4, 1, 2)
+TINY_PROTOCOL = Protocol(
+    ((Workload(10, 3), 0.5), (Workload(6, 4), 0.3)),
+    ("cpu-only", "stream", "scheinfer"),
+    n_drawn=4,
+    n_spread=1,
+    n_top=2,
+    visits=2,
+)
 
 
 def measure(names: Sequence[str], device: str, extent: Extent) -> dict[str, Evidence]:

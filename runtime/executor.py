@@ -132,8 +132,9 @@ class Executor:
     def begin_step(self, n_tokens: int, kv_tokens: int, batch: int, masked: bool = False) -> None:
         """A forward pass begins: n_tokens rows in all, kv_tokens of depth per sequence after it.
 
-        Outside a run, a pass without a past begins a new recording. ExecutionError if closed, PlanError
-        if the KV cache outgrows the plan.
+        masked: some tokens of a prompt do not see all before them, so that its attention is not the kernel's. Outside
+        a run, a pass without a past begins a new recording. ExecutionError if closed, PlanError if the KV cache
+        outgrows the plan.
         """
         self._check_open()
         self._check_room(n_tokens, kv_tokens, batch)

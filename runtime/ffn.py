@@ -83,11 +83,17 @@ def _begin_step(executor: Executor, names: Sequence[str]) -> Callable[[nn.Module
         cache = given.get("past_key_values")
         grow_in_place(cache)
         depth = int(cache.get_seq_length()) if cache is not None else 0
-        mask, window = given.get("attention_mask"), getattr(module.config, "sliding_window", None)
-        masked = isinstance(mask, Tensor) and not bool(mask.all())
-        executor.begin_step(batch * n_new, depth + n_new, batch, masked or bool(window and depth + n_new >= window))
+        # Asked of prompts that the kernel may compute alone: reading a mask would wait for a GPU.
+        masked = n_new > 1 and executor.knows_attention and _masked(module, given.get("attention_mask"), depth + n_new)
+        executor.begin_step(batch * n_new, depth + n_new, batch, masked)
 
     return hook
+
+
+def _masked(model: nn.Module, mask: object, n_tokens: int) -> bool:
+    """Whether some tokens do not see all before them: of so many, some are padding or beyond a window."""
+    window = getattr(model.config, "sliding_window", None)
+    return bool(window and n_tokens >= window) or (isinstance(mask, Tensor) and not bool(mask.all()))
 
 
 def _enter_layer(executor: Executor, layer: int) -> Callable[[nn.Module, Args, Kwargs], tuple[Args, Kwargs]]:

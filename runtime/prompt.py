@@ -33,6 +33,8 @@ def mask(*, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
 
 
 def _is_plain(q_length: int, kv_length: int, **kwargs: Any) -> bool:
+    if torch.device(kwargs.get("device", "cpu")).type != "cpu":  # sdpa would need the mask in every layer
+        return False
     if not kwargs.get("allow_is_causal_skip", True) or kwargs.get("local_size") is not None:
         return False
     if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:

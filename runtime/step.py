@@ -123,8 +123,7 @@ def use_steps(model: PreTrainedModel) -> bool:
     everywhere = True
     for module in model.modules():
         mixin = _mixin(module)
-        on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
-        if mixin is not None and on_cpu:
+        if mixin is not None and all(parameter.device.type == "cpu" for parameter in module.parameters()):
             cls = type(module)
             module.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
         elif type(module).__name__.endswith("Attention"):

@@ -13,7 +13,7 @@ import ctypes
 import os
 import threading
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -147,16 +147,7 @@ class Kernel:
         group = query.shape[1] // n_kv
         out = query.new_empty((batch, query.shape[1], value.shape[-1]))
         shape = array("q", (batch, n_kv, group, n_past, width, value.shape[-1], *key.stride()[:3], *value.stride()[:3]))
-        failed = self.library.scheinfer_attend(
-            *(tensor.data_ptr() for tensor in (query, key, value, out)),
-            shape.buffer_info()[0],
-            scale,
-            _DTYPES[query.dtype],
-            ISAS.index(isa or self.isa),
-            threads(),
-        )
-        _check(failed)
-        return out
+        return self._attended(self.library.scheinfer_attend, (query, key, value, out), shape, scale, isa)
 
     def layer(self, words: LayerWords) -> None:
         """A decoder layer for one new token of each sequence, on threads() threads; see runtime.native.layer."""
@@ -173,16 +164,16 @@ class Kernel:
         out = query.new_empty((batch, n_new, n_heads, value.shape[-1]))
         sizes = (batch, n_new, n_heads, n_kv, n_keys, width, value.shape[-1])
         shape = array("q", (*sizes, *key.stride()[:3], *value.stride()[:3]))
-        failed = self.library.scheinfer_attend_prompt(
-            *(tensor.data_ptr() for tensor in (query, key, value, out)),
-            shape.buffer_info()[0],
-            scale,
-            _DTYPES[query.dtype],
-            ISAS.index(isa or self.isa),
-            threads(),
-        )
-        _check(failed)
-        return out
+        return self._attended(self.library.scheinfer_attend_prompt, (query, key, value, out), shape, scale, isa)
+
+    def _attended(
+        self, function: Callable[..., int], tensors: Sequence[Tensor], shape: array[int], scale: float, isa: str | None
+    ) -> Tensor:
+        """The last of the tensors, once the function has written it."""
+        pointers = (tensor.data_ptr() for tensor in tensors)
+        code, best = _DTYPES[tensors[0].dtype], ISAS.index(isa or self.isa)
+        _check(function(*pointers, shape.buffer_info()[0], scale, code, best, threads()))
+        return tensors[-1]
 
     def read(self, flat: Tensor) -> None:
         """Read a tensor's memory and do nothing else, on threads() threads: what bounds mlp at one token."""
