@@ -59,6 +59,49 @@ def summarise(work: Work, times_s: Sequence[float]) -> Sample:
     return Sample(*size, middle_s, found.spread, found.count, outliers)
 
 
+def samples(times_s: Mapping[Work, Sequence[Sequence[float]]]) -> tuple[Sample, ...]:
+    """A curve's samples from repeats by round, where every round visited all points: what it did to all cancels.
+
+    A round's slowness is the median over points of its times relative to the point's own; times are divided by it, and
+    the medians of what is left (a median polish, Tukey 1977) come times the mean over rounds. So points of a curve
+    stand to each other as within a round, whatever the machine's speed was meanwhile; spreads are of the times as
+    measured.
+    """
+    slowness = _slowness(times_s)
+    level = trimmed_mean(slowness)
+    return tuple(
+        replace(summarise(work, [t for own in rounds for t in own]), median_s=level * _evened(rounds, slowness))
+        for work, rounds in times_s.items()
+    )
+
+
+_POLISHES = 3
+
+
+def _slowness(times_s: Mapping[Work, Sequence[Sequence[float]]]) -> list[float]:
+    n_rounds = len(next(iter(times_s.values())))
+    slowness = [1.0] * n_rounds
+    for _ in range(_POLISHES):
+        middle_s = {work: _evened(rounds, slowness) for work, rounds in times_s.items()}
+        slowness = [
+            statistics.median(
+                [
+                    statistics.median(rounds[number]) / middle_s[work]
+                    for work, rounds in times_s.items()
+                    if rounds[number]
+                ]
+                or [1.0]
+            )
+            for number in range(n_rounds)
+        ]
+    return slowness
+
+
+def _evened(rounds: Sequence[Sequence[float]], slowness: Sequence[float]) -> float:
+    """Median of a point's times, each by its round's slowness."""
+    return statistics.median(t / slow for own, slow in zip(rounds, slowness, strict=True) for t in own)
+
+
 def repeats(values: Sequence[float]) -> Repeats:
     """Number and p90 - p10 of repeated measurements."""
     ordered, last = sorted(values), len(values) - 1

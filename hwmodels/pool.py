@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from hwmodels.calibrate import fastest, trimmed_mean, with_best_laws
+from hwmodels.calibrate import Part, fastest, trimmed_mean, with_best_laws
 from hwmodels.errors import FormatError
 from hwmodels.profile import AXES, Cold, Contention, Curve, HardwareProfile, Repeats, Sample
 
@@ -48,6 +48,22 @@ def pooled(profiles: Sequence[HardwareProfile]) -> HardwareProfile:
         contention=tuple(_contention(same) for same in zip(*(p.contention for p in profiles), strict=True)),
         cold=tuple(_cold(same) for same in zip(*(p.cold for p in profiles), strict=True)),
         notes=(f"The mean of {len(profiles)} calibrations, the first of {first.created}.", *notes),
+    )
+
+
+def pooled_part(parts: Sequence[Part]) -> Part:
+    """What several passes over one part of a calibration say of it: every number the trimmed mean of theirs."""
+    first, *others = parts
+    if not others:
+        return first
+    loads = [part.others_load for part in parts if part.others_load is not None]
+    return Part(
+        curves=tuple(_curve(same) for same in zip(*(_ordered(p.curves) for p in parts), strict=True)),
+        handoff_s={pair: trimmed_mean(found) for pair, found in _by_pair(p.handoff_s for p in parts).items()},
+        handoff_repeats=_handoff_repeats(parts),
+        contention=tuple(_contention(same) for same in zip(*(p.contention for p in parts), strict=True)),
+        cold=tuple(_cold(same) for same in zip(*(p.cold for p in parts), strict=True)),
+        others_load=max(loads, default=None),
     )
 
 
@@ -120,7 +136,7 @@ def _by_pair(tables: Iterable[Mapping[str, T]]) -> dict[str, list[T]]:
     return found
 
 
-def _handoff_repeats(profiles: Sequence[HardwareProfile]) -> dict[str, Repeats]:
+def _handoff_repeats(profiles: Sequence[HardwareProfile] | Sequence[Part]) -> dict[str, Repeats]:
     known = _by_pair(p.handoff_repeats for p in profiles)
     values = _by_pair(p.handoff_s for p in profiles)
     return {pair: _repeats(values[pair], found) for pair, found in known.items()}

@@ -1,7 +1,9 @@
 """calibrate(): measure a hardware profile through the executor, for the shapes of one model.
 
 A calibration is a list of parts; each measures its cases in rounds until their medians are known or its share
-of the time is used up, and is kept when it is finished, so that an interrupted calibration goes on from there.
+of the time is used up. Parts take turns of some rounds, so that all see the same minutes of the machine, whose speed
+changes with what else runs on it. A finished part is kept, so that an interrupted calibration goes on from there; a
+full one makes several passes over all parts.
 
 yardstick  reading and copying large arrays, before and after all others: has the machine's speed changed?
 rest       embedding, attention, head and sampling: a model of the same shapes with random weights and few
@@ -16,22 +18,20 @@ variants   MLP parts on the CPU with other numbers of threads, and in other type
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers.activations import ACT2FN
 
 from hwmodels.calibrate import Part, fastest, merged, remarks
-from hwmodels.load import BUSY_SHARE, LoadMeter
 from hwmodels.machine import fingerprint, read_machine
+from hwmodels.pool import pooled_part
 from hwmodels.profile import RESOURCES, Curve, HardwareProfile, Resource
 from runtime import native
 from runtime.adapter import Adapter
@@ -40,10 +40,13 @@ from runtime.coldstart import WAITING, measure_cold
 from runtime.devices import device_name, open_device
 from runtime.gpu import gpus
 from runtime.microbench import MicroBench
+from runtime.projection import FEW_ROWS
 from runtime.resume import KeptParts, measurement_key
-from runtime.rounds import Effort, Tick
+from runtime.rounds import Effort, Measuring, finish
+from runtime.session import PlannedModel
 from runtime.standin import SMALL_COPY_BYTES, StandIn, built, measure_overlapped, measure_rest
 from runtime.synthetic import DEFAULT_CONFIG, shrunk
+from runtime.turns import Turn, glance, progress_bar, take_turns, tell
 from sim.model import ModelSpec
 from sim.plan import Place
 
@@ -53,16 +56,15 @@ _PINNED_BYTES = tuple(SMALL_COPY_BYTES << i for i in (0, 1, 2, 4, 6, 8))
 _PAGEABLE_BYTES = tuple(1 << i for i in (14, 16, 18, 20, 22, 24))
 SETS: tuple[tuple[Resource, ...], ...] = (("CPU", "GPU"), ("CPU", "H2D"), ("GPU", "H2D"), ("CPU", "GPU", "H2D"))
 """Resources that are measured working together."""
-_GLANCE_S = 0.3
 _VARIANT_TOKENS = (1, 4, 16, 64, 256)
 _COMPUTING_TOKENS = 64  # far beyond the ridge of a CPU: some 10 tokens
 
 
 @dataclass(frozen=True)
 class Extent:
-    """What is measured and how long: tokens of a step, tokens in the cache before it, rounds, seconds in all.
+    """What is measured and how long: tokens of a step, tokens in the cache before it, rounds, seconds of a pass.
 
-    slice_s is how long a set of resources works together in a round.
+    slice_s is how long a set of resources works together in a round. Of several passes the mean counts.
     """
 
     n_tokens: tuple[int, ...]
@@ -72,16 +74,18 @@ class Extent:
     seconds: float
     slice_s: float
     variants: bool
+    passes: int = 1
 
     def effort(self, share: float) -> Effort:
         """Rounds of a part that may take a share of the time."""
         return Effort(self.least, self.most, share * self.seconds)
 
 
-# Kernels change from one token to the next below 8: matrix-vector, then tiles of 2, 4 and more rows.
-_FEW = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)
+# Kernels change from one token to the next up to 9: matrix-vector, tiles of 2, 4 and more rows, and from FEW_ROWS on
+# projections by other kernels.
+_FEW = (*range(1, FEW_ROWS + 2), 12, 16, 24, 32)
 QUICK = Extent((*_FEW, 64, 128, 256), (0, 256), 3, 20, 36.0, 0.08, False)
-FULL = Extent((*_FEW, 48, 64, 96, 128, 192, 256, 512), (0, 128, 512, 2048), 3, 60, 150.0, 0.25, True)
+FULL = Extent((*_FEW, 48, 64, 96, 128, 192, 256, 512), (0, 128, 512, 2048), 3, 60, 60.0, 0.25, True, 3)
 SMOKE = Extent((1, 4, 16), (0,), 1, 1, 1.0, 0.01, False)
 """Enough to see that everything works, too little to plan by."""
 
@@ -98,14 +102,12 @@ class _Job:
     extent: Extent
 
     @contextmanager
-    def bench(
-        self, effort: Effort, tick: Tick, cpu_threads: int | None = None, dtype: str = ""
-    ) -> Iterator[MicroBench]:
+    def bench(self, cpu_threads: int | None = None, dtype: str = "") -> Iterator[MicroBench]:
         """Micro-benchmarks on a device of their own."""
         device = open_device(self.device, self.device_bytes, cpu_threads or self.cpu_threads)
         try:
             spec = replace(self.spec, dtype=dtype or self.spec.dtype)
-            yield MicroBench(spec, device, ACT2FN[str(self.config.get("hidden_act", "silu"))], effort, tick)
+            yield MicroBench(spec, device, ACT2FN[str(self.config.get("hidden_act", "silu"))])
         finally:
             device.close()
 
@@ -115,6 +117,29 @@ class _Job:
         config = shrunk(self.config, _STAND_IN_BYTES)
         own = self.device, self.device_bytes, self.cpu_threads, overlap
         return StandIn(config, place, gg_share, ahead_share, n_ctx, *own)
+
+
+@dataclass
+class _Rig:
+    """What the parts of a calibration measure on, open until its end: parts take turns, and some share."""
+
+    job: _Job
+    stack: ExitStack
+    _bench: MicroBench | None = None
+    _models: dict[tuple[Place, float, float, bool], PlannedModel] = field(default_factory=dict)
+
+    def bench(self) -> MicroBench:
+        """Micro-benchmarks with the calibration's own threads and type of numbers."""
+        if self._bench is None:
+            self._bench = self.stack.enter_context(self.job.bench())
+        return self._bench
+
+    def model(self, place: Place, gg_share: float, ahead_share: float, overlap: bool = True) -> PlannedModel:
+        """A stand-in; see StandIn."""
+        key = (place, gg_share, ahead_share, overlap)
+        if key not in self._models:
+            self._models[key] = self.stack.enter_context(built(self.job.stand_in(*key)))
+        return self._models[key]
 
 
 def calibrate(
@@ -170,109 +195,82 @@ def _within(extent: Extent, spec: ModelSpec) -> Extent:
 
 # -- parts --------------------------------------------------------------------------------------------
 
-_Measure = Callable[[_Job, Effort, Tick], Part]
+_Measure = Callable[[_Rig, Effort], Measuring]
 
 
 def _measure(job: _Job, kept: KeptParts, title: str, progress: bool) -> dict[str, Part]:
-    """All parts by name, those that are kept already not measured again."""
+    """All parts by name, the mean over all passes; those that are kept already are not measured again."""
     plan = {name: how for name, how in _PARTS.items() if job.extent.variants or name != "variants"}
+    passes = [{name: f"{name} {number}" for name in plan} for number in range(1, job.extent.passes + 1)]
+    found = {key: part for keys in passes for key in keys.values() if (part := kept.load(key)) is not None}
     whole = sum(share for share, _ in plan.values())
-    found = {name: part for name in plan if (part := kept.load(name)) is not None}
-    with tqdm(total=100, desc=title, bar_format=_BAR, disable=not progress, leave=False) as bar:
+    with progress_bar(title, progress) as bar:
         if found:
-            _tell(bar, f"going on: {len(found)} of {len(plan)} parts were measured within the last hour")
-        _glance(bar)
-        for name, (share, measure) in plan.items():
-            bar.set_postfix_str(name)
-            before, percent = bar.n, 100 * share / whole
-            if name not in found:
-                meter = LoadMeter.start()
-                part = measure(job, job.extent.effort(share / whole), _ticker(bar, percent))
-                found[name] = replace(part, others_load=meter.others())
-                kept.save(name, found[name])
-            bar.update(before + percent - bar.n)
-    return {name: found[name] for name in plan}
+            tell(bar, f"going on: {len(found)} of {len(passes) * len(plan)} parts were measured within the last hour")
+        glance(bar)
+        for keys in passes:
+            with ExitStack() as stack:
+                rig = _Rig(job, stack)
+                runs = {
+                    keys[name]: Turn(share / whole, partial(measure, rig, job.extent.effort(share / whole)))
+                    for name, (share, measure) in plan.items()
+                }
+                take_turns(runs, found, kept, bar, 100 / len(passes))
+    return {name: pooled_part([found[keys[name]] for keys in passes]) for name in plan}
 
 
-def _tell(bar: tqdm[Any], text: str) -> None:
-    if not bar.disable:
-        bar.write(text, file=sys.stderr)
-
-
-_BAR = "{l_bar}{bar}| {elapsed}{postfix}"
-
-
-def _glance(bar: tqdm[Any]) -> None:
-    """Tell whether others are busy on this machine now."""
-    meter = LoadMeter.start()
-    time.sleep(_GLANCE_S)
-    load = meter.others()
-    if load is not None and load >= BUSY_SHARE:
-        _tell(bar, f"other programs keep {load:.0%} of all cores busy: times may come out too long, and will be marked")
-
-
-def _ticker(bar: tqdm[Any], percent: float) -> Tick:
-    """Moves the bar through a part that is so many per cent of it."""
-    before = bar.n
-    return lambda share: bar.update(max(0.0, before + percent * share - bar.n))
-
-
-def _yardstick(job: _Job, effort: Effort, tick: Tick) -> Part:
-    with job.bench(effort, tick) as bench:
-        return Part(tuple(bench.stream_curves()))
+def _yardstick(rig: _Rig, effort: Effort) -> Measuring:
+    return Part(tuple((yield from rig.bench().stream_curves(effort))))
 
 
 def _rest(place: Place) -> _Measure:
-    def measure(job: _Job, effort: Effort, tick: Tick) -> Part:
-        with built(job.stand_in(place, 1.0, 0.0)) as model:
-            return measure_rest(model, place, job.extent.n_tokens, job.extent.past, effort, tick)
+    def measure(rig: _Rig, effort: Effort) -> Measuring:
+        extent = rig.job.extent
+        return (yield from measure_rest(rig.model(place, 1.0, 0.0), place, extent.n_tokens, extent.past, effort))
 
     return measure
 
 
-def _waits(job: _Job, effort: Effort, tick: Tick) -> Part:
-    with ExitStack() as stack:
-        waiting = [stack.enter_context(built(job.stand_in("GPU", *shares, overlap=False))) for shares in WAITING]
-        return measure_cold(stack.enter_context(built(job.stand_in("GPU", 1.0, 0.0))), waiting, effort, tick)
+def _waits(rig: _Rig, effort: Effort) -> Measuring:
+    waiting = [rig.model("GPU", *shares, overlap=False) for shares in WAITING]
+    return (yield from measure_cold(rig.model("GPU", 1.0, 0.0), waiting, effort))
 
 
-def _overlap(job: _Job, effort: Effort, tick: Tick) -> Part:
-    with built(job.stand_in("GPU", 0.25, 0.125)) as model:
-        return measure_overlapped(model, job.extent.n_tokens, effort, tick)
+def _overlap(rig: _Rig, effort: Effort) -> Measuring:
+    return (yield from measure_overlapped(rig.model("GPU", 0.25, 0.125), rig.job.extent.n_tokens, effort))
 
 
-def _mlp(job: _Job, effort: Effort, tick: Tick) -> Part:
-    with job.bench(effort, tick) as bench:
-        columns = sorted({max(1, bench.columns // 8), max(1, bench.columns // 2), bench.columns})
-        return Part(tuple(bench.ffn_curves(("CPU", "GPU"), job.extent.n_tokens, columns)))
+def _mlp(rig: _Rig, effort: Effort) -> Measuring:
+    bench = rig.bench()
+    columns = sorted({max(1, bench.columns // 8), max(1, bench.columns // 2), bench.columns})
+    return Part(tuple((yield from bench.ffn_curves(("CPU", "GPU"), rig.job.extent.n_tokens, columns, effort))))
 
 
-def _copies(job: _Job, effort: Effort, tick: Tick) -> Part:
-    with job.bench(effort, tick) as bench:
-        return Part(tuple(bench.copy_curves(_PINNED_BYTES, _PAGEABLE_BYTES)))
+def _copies(rig: _Rig, effort: Effort) -> Measuring:
+    return Part(tuple((yield from rig.bench().copy_curves(_PINNED_BYTES, _PAGEABLE_BYTES, effort))))
 
 
-def _together(job: _Job, effort: Effort, tick: Tick) -> Part:
-    with job.bench(effort, tick) as bench:
-        n_tokens = max(n for n in job.extent.n_tokens if n <= _COMPUTING_TOKENS)
-        return Part(contention=tuple(bench.contention(SETS, n_tokens, job.extent.slice_s)))
+def _together(rig: _Rig, effort: Effort) -> Measuring:
+    extent = rig.job.extent
+    n_tokens = max(n for n in extent.n_tokens if n <= _COMPUTING_TOKENS)
+    found = yield from rig.bench().contention(SETS, n_tokens, extent.slice_s, 2 * effort.least)
+    return Part(contention=tuple(found))
 
 
-def _variants(job: _Job, effort: Effort, tick: Tick) -> Part:
+def _variants(rig: _Rig, effort: Effort) -> Measuring:
     """The CPU with one thread, half of all and all; both places in the other common types of numbers."""
-    n_cores = read_machine().n_threads
-    with job.bench(effort, tick) as bench:
-        own = bench.device.cpu_threads
+    n_cores, job, own = read_machine().n_threads, rig.job, rig.bench().device.cpu_threads
     threads = sorted({1, max(1, n_cores // 2), n_cores} - {own})
     dtypes = sorted({"float32", "bfloat16"} - {job.spec.dtype})
     share = replace(effort, seconds=effort.seconds / (len(threads) + len(dtypes)))
     curves: list[Curve] = []
     for n in threads:
-        with job.bench(share, tick, cpu_threads=n) as bench:
-            curves += bench.ffn_curves(("CPU",), _VARIANT_TOKENS, (bench.columns,))
+        with job.bench(cpu_threads=n) as bench:
+            curves += yield from bench.ffn_curves(("CPU",), _VARIANT_TOKENS, (bench.columns,), share)
     for dtype in dtypes:
-        with job.bench(share, tick, dtype=dtype) as bench:
-            curves += bench.ffn_curves(("CPU", "GPU"), _VARIANT_TOKENS, (bench.columns // 2, bench.columns))
+        with job.bench(dtype=dtype) as bench:
+            columns = bench.columns // 2, bench.columns
+            curves += yield from bench.ffn_curves(("CPU", "GPU"), _VARIANT_TOKENS, columns, share)
     return Part(tuple(curves))
 
 
@@ -296,7 +294,8 @@ def yardstick(folder: Path, device: str = "auto", cpu_threads: int | None = None
     """The yardstick alone, in about two seconds: has the machine still the speed of its profile?"""
     spec, device = Adapter.of(config := dict(read_config(folder)), folder.name).spec, device_name(device)
     job = _Job(spec, config, device, device_bytes(device), cpu_threads, _within(QUICK, spec))
-    return _yardstick(job, Effort(3, 20, 1.0), lambda share: None).curves
+    with job.bench() as bench:
+        return tuple(finish(bench.stream_curves(Effort(3, 20, 1.0))))
 
 
 # -- what the machine is ------------------------------------------------------------------------------

@@ -10,11 +10,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
-from time import perf_counter
 
-from hwmodels.calibrate import Part, handoffs, repeats
+from hwmodels.calibrate import handoffs, repeats
 from hwmodels.profile import Cold
-from runtime.rounds import Effort, Tick
+from runtime.rounds import Effort, Measuring, Progress
 from runtime.session import PlannedModel
 from runtime.standin import forward, step_delays
 from sim.graph import REST
@@ -26,7 +25,7 @@ WAITING = ((0.0, 0.0), (0.75, 0.25), (0.0, 1.0))
 _Found = list[tuple[float, float]]
 
 
-def measure_cold(busy: PlannedModel, waiting: Sequence[PlannedModel], effort: Effort, tick: Tick) -> Part:
+def measure_cold(busy: PlannedModel, waiting: Sequence[PlannedModel], effort: Effort) -> Measuring:
     """Waits and factors of every model that waits, its decode passes taking turns with those of one that does not.
 
     A round gives each model's median over layers of the wait and of the time relative to the same layer's in the busy
@@ -36,11 +35,9 @@ def measure_cold(busy: PlannedModel, waiting: Sequence[PlannedModel], effort: Ef
     delays_s: dict[str, list[float]] = defaultdict(list)
     for model in (busy, *waiting):
         forward(model, 1, 0)
-    began_s = perf_counter()
-    for number in range(effort.most):
-        share = (perf_counter() - began_s) / effort.seconds
-        if number >= effort.least and share >= 1:
-            break
+    progress = Progress(effort)
+    while progress.share < 1.0:
+        progress.begin()
         warm_s = attention(forward(busy, 1, 0)[0])
         for rows, model in zip(found, waiting, strict=True):
             timeline, trace = forward(model, 1, 0)
@@ -49,7 +46,7 @@ def measure_cold(busy: PlannedModel, waiting: Sequence[PlannedModel], effort: Ef
             rows.append((median(waited_s for waited_s, _ in cold.values()), median(factors)))
         for pair, seconds in step_delays(model, Step("prefill", 1, 1), timeline, trace):
             delays_s[pair].append(seconds)
-        tick(min(1.0, share))
+        yield progress.end()
     return replace(handoffs(delays_s), cold=tuple(sorted(map(_entry, found), key=lambda entry: entry.waited_s)))
 
 

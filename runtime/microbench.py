@@ -6,6 +6,7 @@ measured is what a plan will pay.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor
 
 from hwmodels import work
-from hwmodels.calibrate import contention, summarise
-from hwmodels.profile import COMPUTERS, Contention, Curve, Resource, Sample
+from hwmodels.calibrate import contention, samples
+from hwmodels.profile import COMPUTERS, Contention, Curve, Resource
 from hwmodels.work import Work
 from runtime.devices.base import Body, Device
 from runtime.ops import Activation, Piece, gated_mlp, piece_views, routed_mlp
-from runtime.rounds import Case, Effort, Tick, in_rounds
+from runtime.rounds import Case, Effort, InRounds, Progress, in_rounds
 from runtime.synthetic import fill_small
 from sim.graph import Kind, Task
 from sim.model import ModelSpec
@@ -42,8 +43,8 @@ _KIND: dict[Resource, Kind] = {"CPU": "cc", "GPU": "gg", "H2D": "send", "D2H": "
 class MicroBench:
     """Synthetic weights and activations of a model's shapes, and timings of tasks over them."""
 
-    def __init__(self, spec: ModelSpec, device: Device, act: Activation, effort: Effort, tick: Tick) -> None:
-        self.spec, self.device, self.act, self.effort, self.tick = spec, device, act, effort, tick
+    def __init__(self, spec: ModelSpec, device: Device, act: Activation) -> None:
+        self.spec, self.device, self.act = spec, device, act
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.layer = max(range(spec.n_layers), key=lambda i: spec.layers[i].ffn.n_experts)
         self.columns = spec.layers[self.layer].ffn.columns
@@ -68,14 +69,16 @@ class MicroBench:
         self._issued += 1
         return Task(f"micro.{resource}.{self._issued}", _KIND[resource], resource, (demand,))
 
-    def _curves(self, cases: Sequence[tuple[Resource, Work, BodyOf]]) -> list[Curve]:
+    def _curves(self, cases: Sequence[tuple[Resource, Work, BodyOf]], effort: Effort) -> InRounds[list[Curve]]:
         """Curves of what several resources do alone, a case after the other."""
-        visits = [self._case(resource, demand, body_of) for resource, demand, body_of in cases]
-        rows: dict[tuple[Resource, work.Op], list[Sample]] = defaultdict(list)
-        for (resource, demand), seconds in in_rounds(visits, self.effort, self.tick).items():
-            rows[resource, demand.op].append(summarise(demand, seconds))
+        times = yield from in_rounds([self._case(*case) for case in cases], effort)
+        rows: dict[tuple[Resource, work.Op], dict[Work, list[list[float]]]] = defaultdict(dict)
+        for (resource, demand), rounds in times.items():
+            rows[resource, demand.op][demand] = rounds
         threads = {"CPU": self.device.cpu_threads}
-        return [Curve(r, op, self.spec.dtype, threads.get(r, 0), "measured", tuple(s)) for (r, op), s in rows.items()]
+        return [
+            Curve(r, op, self.spec.dtype, threads.get(r, 0), "measured", samples(own)) for (r, op), own in rows.items()
+        ]
 
     def _case(self, resource: Resource, demand: Work, body_of: BodyOf) -> Case[tuple[Resource, Work]]:
         """Each visit runs three tasks over different weights and drops the first; of long ones it runs one."""
@@ -94,16 +97,17 @@ class MicroBench:
 
     # -- MLP parts ------------------------------------------------------------------------------------
 
-    def ffn_curves(self, resources: Sequence[Resource], n_tokens: Sequence[int], columns: Sequence[int]) -> list[Curve]:
+    def ffn_curves(
+        self, resources: Sequence[Resource], n_tokens: Sequence[int], columns: Sequence[int], effort: Effort
+    ) -> InRounds[list[Curve]]:
         """Times of MLP parts of several widths for several token counts."""
-        return self._curves(
-            [
-                (r, self.spec.ffn_work(self.layer, n, c), self._ffn_bodies(r, n, c))
-                for r in resources
-                for c in columns
-                for n in n_tokens
-            ]
-        )
+        cases = [
+            (r, self.spec.ffn_work(self.layer, n, c), self._ffn_bodies(r, n, c))
+            for r in resources
+            for c in columns
+            for n in n_tokens
+        ]
+        return (yield from self._curves(cases, effort))
 
     def _ffn_bodies(self, resource: Resource, n_tokens: int, columns: int) -> BodyOf:
         pool = self.host if resource == "CPU" else self.resident
@@ -127,7 +131,9 @@ class MicroBench:
 
     # -- copies ---------------------------------------------------------------------------------------
 
-    def copy_curves(self, pinned_sizes: Sequence[int], pageable_sizes: Sequence[int]) -> list[Curve]:
+    def copy_curves(
+        self, pinned_sizes: Sequence[int], pageable_sizes: Sequence[int], effort: Effort
+    ) -> InRounds[list[Curve]]:
         """Times of copies of several sizes to and from the device, from page-locked and ordinary host memory."""
         ordinary = fill_small(torch.empty_like(self.host, device="cpu"))
         cases = []
@@ -137,7 +143,7 @@ class MicroBench:
                     demand = work.copy(n * self.dtype.itemsize, self.spec.dtype, pinned)
                     host = self.host if pinned else ordinary
                     cases.append((resource, demand, self._copy_bodies(resource, host, n, pinned)))
-        return self._curves(cases)
+        return (yield from self._curves(cases, effort))
 
     def _copy_bodies(self, resource: Resource, host: Tensor, n: int, pinned: bool) -> BodyOf:
         def body_of(i: int) -> Body:
@@ -150,7 +156,7 @@ class MicroBench:
 
     # -- yardstick ------------------------------------------------------------------------------------
 
-    def stream_curves(self) -> list[Curve]:
+    def stream_curves(self, effort: Effort) -> InRounds[list[Curve]]:
         """The yardstick: reading and copying arrays far larger than any cache, on CPU and GPU."""
         cases: list[tuple[Resource, Work, BodyOf]] = []
         pools: dict[Resource, Tensor] = {"CPU": self.host, "GPU": self.resident}
@@ -160,29 +166,32 @@ class MicroBench:
             read = Work("stream_read", self.spec.dtype, 1, 0.0, 0.0, n_bytes)
             both = Work("stream_copy", self.spec.dtype, 1, 0.0, 0.0, 2 * n_bytes)
             cases += [(resource, read, _reading(*halves)), (resource, both, _copying(*halves))]
-        return self._curves(cases)
+        return (yield from self._curves(cases, effort))
 
     # -- together -------------------------------------------------------------------------------------
 
-    def contention(self, sets: Sequence[tuple[Resource, ...]], n_tokens: int, slice_s: float) -> list[Contention]:
+    def contention(
+        self, sets: Sequence[tuple[Resource, ...]], n_tokens: int, slice_s: float, n_rounds: int
+    ) -> InRounds[list[Contention]]:
         """Rates of resources working at once, each set against running alone in the same round.
 
         Every set is measured with MLP parts of one token, which read, and of n_tokens, which compute; it works for
-        slice_s in each of twice the least number of rounds.
+        slice_s in each of n_rounds.
         """
         members: list[Resource] = sorted({r for active in sets for r in active})
         kinds = {n: {r: self._load(r, n) for r in members} for n in (1, n_tokens)}
         alone: dict[int, _Times] = {n: {r: [] for r in members} for n in kinds}
         together: dict[int, list[_Times]] = {n: [{r: [] for r in active} for active in sets] for n in kinds}
-        rounds = 2 * self.effort.least
-        for number in range(rounds):
+        progress = Progress(Effort(n_rounds, n_rounds, math.inf))
+        for _ in range(n_rounds):
+            progress.begin()
             for n, loads in kinds.items():
                 for r in members:
                     alone[n][r].append(self._together((r,), loads, slice_s)[r])
                 for found in together[n]:
                     for name, each_s in self._together(tuple(found), loads, slice_s).items():
                         found[name].append(each_s)
-            self.tick((number + 1) / rounds)
+            yield progress.end()
         return [
             contention(alone[n], found, tuple(r for r in found if r in COMPUTERS and n > 1))
             for n in kinds

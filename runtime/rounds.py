@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from hwmodels.calibrate import is_known
+from hwmodels.calibrate import Part, is_known
 
 Key = TypeVar("Key", bound=Hashable)
+Done = TypeVar("Done")
 Case = Callable[[], Iterable[tuple[Key, float]]]
 """One visit: runs something once and says how long what of it took."""
-Tick = Callable[[float], object]
-"""Hears the share of a part that is done, 0 to 1."""
-_VISIT_S, _MOST_VISITS = 0.03, 4
+InRounds = Generator[float, None, Done]
+"""A measurement that says after every round what share of it is done, 0 to 1, so that others can take turns with it."""
+Measuring = InRounds[Part]
+_VISIT_S, _MOST_VISITS = 0.01, 4
+_SURE = 0.75  # of a measurement must be over before it may end early: the machine's speed changes by turns of seconds
 
 
 @dataclass(frozen=True)
@@ -27,29 +30,62 @@ class Effort:
     seconds: float
 
 
-def in_rounds(cases: Sequence[Case[Key]], effort: Effort, tick: Tick) -> dict[Key, list[float]]:
-    """Seconds of every repeat, by what took them. One round before the first warms up and does not count.
+class Progress:
+    """How far a measurement has come, by its rounds and by the time that these took: turns of others do not count."""
 
-    A round visits short cases several times. After the least number of rounds, a case whose times are all known
-    (hwmodels.calibrate.is_known) is passed over.
+    def __init__(self, effort: Effort) -> None:
+        self.effort, self.rounds, self.spent_s = effort, 0, 0.0
+        self._began_s = 0.0
+
+    def begin(self) -> None:
+        """A round begins."""
+        self._began_s = time.perf_counter()
+
+    def end(self, counts: bool = True) -> float:
+        """The round is over: share of all that is done now. One that warms up takes time, but is none."""
+        self.spent_s += time.perf_counter() - self._began_s
+        self.rounds += counts
+        return self.share
+
+    @property
+    def share(self) -> float:
+        """Share of the measurement that is done."""
+        by_time = max(self.spent_s / self.effort.seconds, self.rounds / self.effort.most)
+        return min(1.0, by_time, self.rounds / self.effort.least)
+
+
+def in_rounds(cases: Sequence[Case[Key]], effort: Effort) -> InRounds[dict[Key, list[list[float]]]]:
+    """Seconds of every repeat, by what took them and by round. One round before the first warms up and does not count.
+
+    Every round visits all cases, short ones several times, so that all see the same minutes of the machine. It ends
+    early where all times are known (hwmodels.calibrate.is_known) and most of the time is over.
     """
-    times: dict[Key, list[float]] = defaultdict(list)
-    keys: list[set[Key]] = [set() for _ in cases]
-    began_s = time.perf_counter()
-    for number in range(-1, effort.most):
-        needed = number < effort.least
-        for case, own in zip(cases, keys, strict=True):
-            share = (time.perf_counter() - began_s) / effort.seconds
-            if not needed and (share >= 1 or all(is_known(times[key]) for key in own)):
-                continue
-            found = list(_visits(case) if number >= 0 else case())
-            if number >= 0:
-                own.update(key for key, _ in found)
-                for key, seconds in found:
-                    times[key].append(seconds)
-            tick(min(1.0, share))
-    tick(1.0)
-    return dict(times)
+    times: dict[Key, list[list[float]]] = {}
+    progress = Progress(effort)
+    while progress.share < 1.0 and not (progress.share >= _SURE and _all_known(times.values())):
+        warms_up = not progress.spent_s
+        progress.begin()
+        found: dict[Key, list[float]] = defaultdict(list)
+        for case in cases:
+            for key, seconds in case() if warms_up else _visits(case):
+                found[key].append(seconds)
+        share = progress.end(counts=not warms_up)
+        if not warms_up:
+            for key in found:
+                times.setdefault(key, [[] for _ in range(progress.rounds - 1)])
+            for key, rounds in times.items():
+                rounds.append(found.get(key, []))
+        yield share
+    return times
+
+
+def flat(rounds: Iterable[Sequence[float]]) -> list[float]:
+    """Repeats of all rounds."""
+    return [seconds for own in rounds for seconds in own]
+
+
+def _all_known(times: Iterable[Sequence[Sequence[float]]]) -> bool:
+    return all(is_known(flat(rounds)) for rounds in times)
 
 
 def _visits(case: Case[Key]) -> Iterator[tuple[Key, float]]:
@@ -58,3 +94,13 @@ def _visits(case: Case[Key]) -> Iterator[tuple[Key, float]]:
         yield from case()
         if time.perf_counter() - began_s > _VISIT_S:
             return
+
+
+def finish(measuring: InRounds[Done]) -> Done:
+    """What a measurement finds that takes turns with no other."""
+    while True:
+        try:
+            next(measuring)
+        except StopIteration as end:
+            found: Done = end.value
+            return found

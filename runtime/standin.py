@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from hwmodels.calibrate import Part, handoffs, summarise
-from hwmodels.profile import Curve, Resource, Sample
+from hwmodels.calibrate import handoffs, samples
+from hwmodels.profile import Curve, Resource
 from hwmodels.work import Op, Work, copy
 from runtime.devices import open_device
-from runtime.rounds import Case, Effort, Tick, in_rounds
+from runtime.rounds import Case, Effort, Measuring, flat, in_rounds
 from runtime.session import PlannedModel
 from runtime.synthetic import random_model, uniform_plan
 from sim.compile import compile_step
@@ -73,19 +73,19 @@ def built(stand_in: StandIn) -> Iterator[PlannedModel]:
 
 
 def measure_rest(
-    model: PlannedModel, place: Place, n_tokens: Sequence[int], past: Sequence[int], effort: Effort, tick: Tick
-) -> Part:
+    model: PlannedModel, place: Place, n_tokens: Sequence[int], past: Sequence[int], effort: Effort
+) -> Measuring:
     """Curves of attn over tokens and depth, embed over tokens, head and sample, and hand-offs, all on one place."""
     spec = model.executor.spec
     cases: list[Case[Work | str]] = [_pass_case(model, n, p) for n in n_tokens for p in past]
-    times = in_rounds([*cases, lambda: _decode_ends(model)], effort, tick)
-    samples: dict[Op, list[Sample]] = defaultdict(list)
-    for key, seconds in times.items():
+    times = yield from in_rounds([*cases, lambda: _decode_ends(model)], effort)
+    rows: dict[Op, dict[Work, list[list[float]]]] = defaultdict(dict)
+    for key, rounds in times.items():
         if not isinstance(key, str):
-            samples[key.op].append(summarise(key, seconds))
+            rows[key.op][key] = rounds
     threads = model.executor.device.cpu_threads if place == "CPU" else 0
-    curves = (Curve(place, op, spec.dtype, threads, "measured", tuple(rows)) for op, rows in samples.items())
-    delays_s = {key: seconds for key, seconds in times.items() if isinstance(key, str)}
+    curves = (Curve(place, op, spec.dtype, threads, "measured", samples(own)) for op, own in rows.items())
+    delays_s = {key: flat(rounds) for key, rounds in times.items() if isinstance(key, str)}
     return replace(handoffs(delays_s), curves=tuple(curves))
 
 
@@ -150,21 +150,21 @@ _Found = tuple[Resource, Work] | str
 """What a resource did, or a pair of resources that a task was handed along."""
 
 
-def measure_overlapped(model: PlannedModel, n_tokens: Sequence[int], effort: Effort, tick: Tick) -> Part:
+def measure_overlapped(model: PlannedModel, n_tokens: Sequence[int], effort: Effort) -> Measuring:
     """Hand-offs of decode, and activation copies and joins of passes of n_tokens, all of an overlapping plan.
 
     Of n_tokens only powers of two are run: nothing here changes from one token to the next.
     """
     spec = model.executor.spec
     cases: list[Case[_Found]] = [_overlapped_case(model, n) for n in n_tokens if n & (n - 1) == 0]
-    times = in_rounds([*cases, lambda: _decode_delays(model, _generate(model))], effort, tick)
-    delays_s = {key: seconds for key, seconds in times.items() if isinstance(key, str)}
-    samples: dict[tuple[Resource, Op], list[Sample]] = defaultdict(list)
-    for key, seconds in times.items():
+    times = yield from in_rounds([*cases, lambda: _decode_delays(model, _generate(model))], effort)
+    delays_s = {key: flat(rounds) for key, rounds in times.items() if isinstance(key, str)}
+    rows: dict[tuple[Resource, Op], dict[Work, list[list[float]]]] = defaultdict(dict)
+    for key, rounds in times.items():
         if not isinstance(key, str):
             resource, work = key
-            samples[resource, work.op].append(summarise(work, seconds))
-    curves = (Curve(r, op, spec.dtype, 0, "measured", tuple(rows)) for (r, op), rows in samples.items())
+            rows[resource, work.op][work] = rounds
+    curves = (Curve(r, op, spec.dtype, 0, "measured", samples(own)) for (r, op), own in rows.items())
     return replace(handoffs(delays_s), curves=tuple(curves))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from hwmodels.calibrate import (
     moved,
     remarks,
     residuals,
+    samples,
     summarise,
     with_best_laws,
 )
@@ -30,10 +32,12 @@ from hwmodels.load import LoadMeter
 from hwmodels.profile import Cold, Contention, Curve, HardwareProfile, Repeats, Sample, load_profile
 from hwmodels.work import Work
 from runtime import calibrate as calibration
-from runtime import rounds
-from runtime.calibrate import SMOKE, calibrate
+from runtime import rounds, turns
+from runtime.calibrate import FULL, SMOKE, calibrate
 from runtime.coldstart import attention
-from runtime.rounds import Effort, in_rounds
+from runtime.resume import KeptParts
+from runtime.rounds import Effort, Measuring, finish, in_rounds
+from runtime.turns import Turn, progress_bar, take_turns
 from sim.timeline import Span, Timeline
 from tests.tiny import write_tiny
 
@@ -89,6 +93,22 @@ def test_a_handoff_is_the_mean_of_its_delays_without_the_outermost_and_never_neg
     found = handoffs({"GPU>GPU": [1.0, 1.0, 7.0, 7.0, 90.0, 0.0], "GPU>CPU": [-3.0, -2.0, 1.0], "H2D>GPU": []})
     assert found.handoff_s == {"GPU>GPU": 4.0, "GPU>CPU": 0.0}
     assert found.handoff_repeats["GPU>CPU"] == Repeats(4.0, 3)
+
+
+def test_what_a_round_does_to_all_points_of_a_curve_cancels():
+    # the second and third rounds of four are slower, 2 and 4 times; the points stay 1 to 3 whatever happens
+    one, three = work.ffn(1, 4, 8, "float32"), work.ffn(3, 4, 8, "float32")
+    found = samples({one: [[1.0], [2.0], [4.0], [1.0]], three: [[3.0, 3.0], [6.0], [12.0], []]})
+    assert found[1].median_s == pytest.approx(3 * found[0].median_s)
+    assert found[0].median_s == pytest.approx(1.5), "the mean round, without the fastest and the slowest"
+    assert (found[0].count, found[0].spread_s, found[1].count) == (4, 3.0, 4), "as measured"
+
+
+@given(st.lists(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=4), min_size=1, max_size=8))
+def test_a_point_alone_lies_among_its_repeats(rounds_s):
+    (found,) = samples({WORK: rounds_s})
+    repeated = [t for own in rounds_s for t in own]
+    assert 0.999 * min(repeated) <= found.median_s <= 1.001 * max(repeated)
 
 
 def test_a_rate_compares_within_each_round_so_that_drift_cancels():
@@ -204,33 +224,60 @@ class Runs:
 
 def test_the_first_round_warms_up_and_does_not_count(clock):
     case = Runs(clock, 9.0, 1.0)
-    (times,) = in_rounds([case], Effort(1, 1, 100.0), lambda share: None).values()
-    assert times == [1.0]
+    (times,) = finish(in_rounds([case], Effort(1, 1, 100.0))).values()
+    assert times == [[1.0]]
 
 
-def test_a_case_that_is_known_is_passed_over(clock):
+def test_all_cases_are_visited_in_every_round_until_all_are_known(clock):
     steady, shaky = Runs(clock, 1.0), Runs(clock, 1.0, 2.0)
-    in_rounds([steady, shaky], Effort(2, 20, 1000.0), lambda share: None)
-    assert (steady.visits, shaky.visits) == (1 + 5, 1 + 20)
+    times = finish(in_rounds([steady, shaky], Effort(2, 20, 1000.0)))
+    assert [len(rounds) for rounds in times.values()] == [20, 20]
+
+
+def test_what_is_known_ends_early_but_not_before_most_of_its_time_is_over(clock):
+    # 1 s a round of 40 s: after five rounds all is known, after 30 it may end
+    times = finish(in_rounds([Runs(clock, 1.0)], Effort(2, 100, 40.0)))
+    assert [len(rounds) for rounds in times.values()] == [29], "the round that warms up takes time"
 
 
 def test_the_least_rounds_are_run_even_when_the_time_is_over(clock):
-    case = Runs(clock, 10.0, 20.0)
-    (times,) = in_rounds([case], Effort(3, 20, 1.0), lambda share: None).values()
+    (times,) = finish(in_rounds([Runs(clock, 10.0, 20.0)], Effort(3, 20, 1.0))).values()
     assert len(times) == 3
 
 
 def test_short_cases_are_visited_several_times_a_round(clock):
     short, long = Runs(clock, 0.001), Runs(clock, 1.0)
-    in_rounds([short, long], Effort(1, 1, 100.0), lambda share: None)
+    finish(in_rounds([short, long], Effort(1, 1, 100.0)))
     assert (short.visits, long.visits) == (1 + 4, 1 + 1)
 
 
 def test_progress_only_grows_and_ends_at_one(clock):
-    shares: list[float] = []
-    in_rounds([Runs(clock, 1.0, 2.0)], Effort(1, 10, 5.0), shares.append)
+    shares = list(in_rounds([Runs(clock, 1.0, 2.0)], Effort(1, 10, 5.0)))
     assert all(a <= b for a, b in pairwise(shares))
     assert shares[-1] == 1.0
+
+
+def test_the_turns_of_others_are_not_the_time_of_a_measurement(clock):
+    measuring, n_rounds = in_rounds([Runs(clock, 1.0, 2.0)], Effort(1, 100, 15.0)), 0
+    for _ in measuring:
+        clock.now_s += 1000.0
+        n_rounds += 1
+    assert n_rounds == 10, "rounds of 1 and 2 s, the first of which warms up"
+
+
+def test_a_case_that_skips_a_round_keeps_its_rounds_in_step(clock):
+    visits = 0
+
+    def case() -> Iterator[tuple[str, float]]:
+        nonlocal visits
+        visits += 1
+        clock.now_s += 1.0
+        yield "always", 1.0
+        if visits == 3:
+            yield "once", 2.0
+
+    found = finish(in_rounds([case], Effort(3, 3, 100.0)))
+    assert found == {"always": [[1.0], [1.0], [1.0]], "once": [[], [2.0], []]}
 
 
 # -- a calibration ------------------------------------------------------------------------------------
@@ -285,12 +332,12 @@ class Fake:
         self.fails, self.ran = fails, []
 
     def part(self, name: str) -> calibration._Measure:
-        def measure(job: object, effort: Effort, tick: rounds.Tick) -> Part:
+        def measure(rig: object, effort: Effort) -> Measuring:
             self.ran.append(name)
             if name == self.fails:
                 self.fails = ""
                 raise KeyboardInterrupt
-            tick(0.5)
+            yield 0.1
             if name == "together":
                 return Part(contention=(Contention(("CPU", "H2D"), {"CPU": 0.5, "H2D": 1.0}, "measured"),))
             if name == "waits":
@@ -307,7 +354,7 @@ def faked(monkeypatch: pytest.MonkeyPatch, fails: str = "") -> Fake:
     fake = Fake(fails)
     parts = {name: (share, fake.part(name)) for name, (share, _) in calibration._PARTS.items()}
     monkeypatch.setattr(calibration, "_PARTS", parts)
-    monkeypatch.setattr(calibration, "_GLANCE_S", 0.0)
+    monkeypatch.setattr(turns, "_GLANCE_S", 0.0)
     return fake
 
 
@@ -327,6 +374,23 @@ def test_an_interrupted_calibration_goes_on_where_it_was(cache, monkeypatch, cap
     assert profile.cold == (Cold(0.002, 1.25, "measured"),)
 
 
+def test_parts_take_turns_and_the_first_and_the_last_do_not(tmp_path):
+    order: list[str] = []
+
+    def measure(name: str) -> Measuring:
+        for number in range(8):
+            order.append(name)
+            yield (number + 1) / 8
+        return Part()
+
+    parts = {f"{name} 1": Turn(0.25, partial(measure, name)) for name in ("before", "a", "b", "after")}
+    found: dict[str, Part] = {}
+    with progress_bar("", shown=False) as bar:
+        take_turns(parts, found, KeptParts(tmp_path), bar, 100.0)
+    assert order == ["before"] * 8 + (["a"] * 2 + ["b"] * 2) * 4 + ["after"] * 8
+    assert list(found) == ["before 1", "a 1", "b 1", "after 1"]
+
+
 def test_a_finished_calibration_leaves_nothing_to_go_on_from(cache, monkeypatch):
     load_of(monkeypatch, 0.0)
     fake = faked(monkeypatch)
@@ -342,7 +406,7 @@ def test_another_extent_does_not_go_on_from_this_one(cache, monkeypatch):
         calibrate(None, "emulated", quick=True, progress=False)
     fake.ran.clear()
     calibrate(None, "emulated", quick=False, progress=False)
-    assert fake.ran == list(calibration._PARTS)
+    assert fake.ran == list(calibration._PARTS) * FULL.passes
 
 
 def test_a_busy_machine_is_told_before_and_marked_after(cache, monkeypatch, capsys):

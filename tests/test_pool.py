@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hwmodels.calibrate import Part
 from hwmodels.errors import FormatError
-from hwmodels.pool import pooled
+from hwmodels.pool import pooled, pooled_part
 from hwmodels.profile import Cold, Contention, Curve, HardwareProfile, Peak, Repeats, Sample, load_profile
 
 PEAK = Peak({"float32": 1.0}, 1.0, efficiency=1.0, fixed_s=0.0, source="measured")
@@ -49,6 +50,19 @@ def test_every_number_is_the_mean_of_the_calibrations_without_the_fastest_and_th
     assert found.peaks["CPU"].bytes_per_s == 4e6 / 4.0, "peaks are read from the pooled curves"
     assert found.peaks["H2D"].bytes_per_s == 2e6 / 4.0
     assert (found.vram_bytes, found.created) == (111, "2026-01-02"), "the least memory, the last date"
+
+
+def test_passes_over_a_part_count_with_their_mean():
+    one, two = (
+        Part(p.curves, p.handoff_s, p.handoff_repeats, p.contention, p.cold, load)
+        for p, load in ((calibrated(1.0), None), (calibrated(2.0), 0.25))
+    )
+    found = pooled_part([one, two])
+    assert [s.median_s for c in found.curves for s in c.samples] == [1.5, 3.0, 1.5]
+    assert (found.handoff_s, found.others_load) == ({"CPU>GPU": 1.5 / 8}, 0.25)
+    assert found.handoff_repeats["CPU>GPU"] == Repeats(0.25, 6)
+    assert (found.contention[0].rate["CPU"], found.cold[0].waited_s) == (0.375, 1.5)
+    assert pooled_part([two]) == two
 
 
 def test_spreads_are_at_least_what_calibrations_differ_by_and_counts_add_up():
