@@ -37,6 +37,7 @@ _ANYWHERE: dict[str, tuple[str, ...]] = dict.fromkeys(
         "pool.cpp",
         "portable.cpp",
         "probe.cpp",
+        "queues.cpp",
         "prompt.cpp",
         "step.cpp",
     ),

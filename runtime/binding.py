@@ -44,7 +44,13 @@ class LayerBinding:
         self.output = x_SD
 
     def bind(self, task: Task, ahead: LayerStore | None) -> Body:
-        """The body of a task; `ahead` holds the weights that an ahead send of the next layer moves."""
+        """The body of a task; `ahead` holds the weights that an ahead send of the next layer moves.
+
+        Tasks are bound in the order of the graph.
+        """
+        return self._body(task, ahead)
+
+    def _body(self, task: Task, ahead: LayerStore | None) -> Body:
         if self._on_cpu and task.kind in ("act_h2d", "act_d2h"):
             return self._up if task.kind == "act_h2d" else self._down
         if task.kind in ("gg", "cg", "act_h2d"):
@@ -59,13 +65,9 @@ class LayerBinding:
             return lambda: self._to_device(task.id)
         if task.kind == "cc":
             return lambda: self._compute_on_host(task.parts)
-        if task.kind == "gg":
-            return lambda: self._compute(task, self._resident)
-        if task.kind == "cg" and task.parts[0].cached >= 0:
-            return lambda: self._compute(task, self._resident)
-        if task.kind == "cg":
-            runs = {p.expert: self._slots.run(task.slot, p.expert) for p in task.parts}
-            return lambda: self._compute(task, lambda p: self._sent(p, runs))
+        if task.kind in ("gg", "cg"):
+            pieces_of = self._pieces_of(task)
+            return lambda: self._compute(task, pieces_of)
         assert task.kind == "join", f"no body for a {task.kind} task"
         return self._join
 
@@ -74,8 +76,7 @@ class LayerBinding:
     def _send(self, task: Task, store: LayerStore) -> Body:
         width = 3 * self._x.shape[-1]
         pairs = send_pairs(store, self._slots, task, width)
-
-        return lambda: self._device.copy(pairs, self._pinned)
+        return self._device.copying(pairs, self._pinned)
 
     def _move_expert(self, task: Task) -> Body:
         """An expert's host part into its slot of the cache, or back."""
@@ -83,7 +84,7 @@ class LayerBinding:
         there = cached_run(self._cache, part, self._x.shape[-1])
         here = self._store.experts[part.expert].host_run(part.start, part.stop)
         pair = (there, here) if task.kind == "send" else (here, there)
-        return lambda: self._device.copy([pair], self._pinned)
+        return self._device.copying([pair], self._pinned)
 
     def _to_host(self) -> None:
         self._host_x = self._device.staging(self._x, "act_d2h", on_host=True)
@@ -127,6 +128,15 @@ class LayerBinding:
             return gated_mlp(x, pieces_of(part), self._act)
         experts = [(*self._routed.of_expert(p.expert, on_host), pieces_of(p)) for p in parts]
         return routed_mlp(x, experts, self._act)
+
+    def _pieces_of(self, task: Task) -> PiecesOf:
+        """Where an MLP task's weights lie: in host memory, resident or cached, or in the slot they are sent to."""
+        if task.kind == "cc":
+            return self._host
+        if task.kind == "gg" or task.parts[0].cached >= 0:
+            return self._resident
+        runs = {p.expert: self._slots.run(task.slot, p.expert) for p in task.parts}
+        return lambda part: self._sent(part, runs)
 
     def _host(self, part: Part) -> list[Piece]:
         expert = self._store.experts[part.expert]

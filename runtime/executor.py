@@ -19,11 +19,12 @@ from torch import Tensor
 
 from hwmodels.errors import ExecutionError, PlanError
 from runtime.binding import LayerBinding, send_pairs
-from runtime.devices.base import Body, CopyPair, Device, Mark
+from runtime.devices.base import Body, Device, Mark
 from runtime.memory import WeightStore
 from runtime.ops import Activation
 from runtime.projection import computes_prompt, computes_step
 from runtime.routing import Routed
+from runtime.words import WordBinding, takes_words
 from sim.caching import CacheState, Key
 from sim.compile import StepCompiler
 from sim.graph import Task
@@ -175,7 +176,8 @@ class Executor:
         slots = self.store.slots[compiler.tier]
         store, pinned = self.store.layers[layer], self.plan.pinned
         on_cpu = self.plan.layers[layer].rest == "CPU"
-        binding = LayerBinding(store, slots, self.device, pinned, self.act, x_SD, routed, self.store.cache, on_cpu)
+        kind = WordBinding if takes_words(self.device, self.act, x_SD, self.spec.dtype) else LayerBinding
+        binding = kind(store, slots, self.device, pinned, self.act, x_SD, routed, self.store.cache, on_cpu)
         bodies = {t.id: binding.bind(t, self.store.layers[t.layer]) for t in tasks}
         self._close()  # deciding and binding is the caller's work and counts as part of attn
         self.device.run(tasks, bodies, inline_cpu=on_cpu)
@@ -290,7 +292,7 @@ class Executor:
         for task in moves:
             to_host = task.kind == "hidden_d2h"
             target = self.device.staging(hidden, f"{task.kind}.L{task.layer}", to_host)
-            self.device.run([task], {task.id: _copy_body(self.device, [(target, hidden)], True)}, inline_cpu=False)
+            self.device.run([task], {task.id: self.device.copying([(target, hidden)], True)}, inline_cpu=False)
             self._current().since = self.device.mark("CPU" if to_host else "GPU")
             hidden = target
         return hidden
@@ -303,7 +305,7 @@ class Executor:
         for task in tasks:
             slots = self.store.slots[self._current().compiler.tier]
             pairs = send_pairs(self.store.layers[task.layer], slots, task, 3 * self.spec.d_model)
-            bodies[task.id] = _copy_body(self.device, pairs, self.plan.pinned)
+            bodies[task.id] = self.device.copying(pairs, self.plan.pinned)
         if tasks:
             self.device.issue(tasks, bodies)
 
@@ -311,7 +313,3 @@ class Executor:
 def _shifted(span: Span, by_s: float) -> Span:
     start_s, end_s = span.start_s - by_s, span.end_s - by_s
     return Span(span.task, span.kind, span.resource, span.step, span.layer, start_s, end_s, span.bytes, span.flops)
-
-
-def _copy_body(device: Device, pairs: Sequence[CopyPair], pinned: bool) -> Body:
-    return lambda: device.copy(pairs, pinned)

@@ -23,6 +23,7 @@ from runtime.devices.base import Body, Device
 from runtime.ops import Activation, Piece, gated_mlp, piece_views, routed_mlp
 from runtime.rounds import Case, Effort, InRounds, Progress, in_rounds
 from runtime.synthetic import fill_small
+from runtime.words import mlp_words, takes_words
 from sim.graph import Kind, Task
 from sim.model import ModelSpec
 
@@ -118,16 +119,25 @@ class MicroBench:
         def body_of(i: int) -> Body:
             first = (i * stride) % (pool.numel() - size + 1)
             pieces = [piece_views(pool[first : first + size], self.spec.d_model, columns)]
-            return lambda: self._mlp(x, pieces)
+            return self._mlp(x, pieces, resource)
 
         return body_of
 
-    def _mlp(self, x: Tensor, pieces: Sequence[Piece]) -> None:
-        if not self.spec.layers[self.layer].ffn.is_moe:
-            gated_mlp(x, pieces, self.act)
-            return
+    def _mlp(self, x: Tensor, pieces: Sequence[Piece], resource: Resource) -> Body:
+        is_moe = self.spec.layers[self.layer].ffn.is_moe
         rows = torch.arange(x.shape[0], device=x.device)
-        routed_mlp(x, [(rows, torch.ones(x.shape[0], dtype=x.dtype, device=x.device), pieces)], self.act)
+        weights = torch.ones(x.shape[0], dtype=x.dtype, device=x.device)
+        if takes_words(self.device, self.act, x, self.spec.dtype):
+            expert = (rows, weights.float(), pieces) if is_moe else (None, None, pieces)
+            return mlp_words(self.device, x, torch.empty_like(x), [expert], self.act, on_host=resource == "CPU")
+
+        def compute() -> None:
+            if is_moe:
+                routed_mlp(x, [(rows, weights, pieces)], self.act)
+            else:
+                gated_mlp(x, pieces, self.act)
+
+        return compute
 
     # -- copies ---------------------------------------------------------------------------------------
 
@@ -150,7 +160,7 @@ class MicroBench:
             first = (i * n) % (host.numel() - n + 1)
             near, far = host[first : first + n], self.resident[:n]
             target, source = (far, near) if resource == "H2D" else (near, far)
-            return lambda: self.device.copy([(target, source)], pinned)
+            return self.device.copying([(target, source)], pinned)
 
         return body_of
 

@@ -69,6 +69,22 @@ class Ticket:
             raise self.error
 
 
+class Ran(Protocol):
+    """A task that has run: a Ticket, or what native queues tell of it; times on the host clock."""
+
+    @property
+    def task(self) -> Task:
+        """What has run."""
+
+    @property
+    def start_ns(self) -> int:
+        """When it began."""
+
+    @property
+    def end_ns(self) -> int:
+        """When it ended."""
+
+
 def failure(task: Task, error: BaseException) -> BaseException:
     """The error as it reaches the user: named after the first task that failed."""
     if isinstance(error, (ExecutionError, KeyboardInterrupt)):
@@ -218,6 +234,13 @@ class Device(Protocol):
     def copy(self, pairs: Sequence[CopyPair], pinned: bool) -> None:
         """Copy (target, source) pairs between host and device; called by the body of a task on H2D or D2H."""
 
+    def copying(self, pairs: Sequence[CopyPair], pinned: bool) -> Body:
+        """The body of such a task, for tensors that are known beforehand."""
+
+    @property
+    def takes_words(self) -> bool:
+        """Whether its queues run bodies of the native kernel (NativeBody) by themselves."""
+
     def peak_bytes(self) -> int:
         """Most device memory held at once so far."""
 
@@ -242,8 +265,8 @@ class Device(Protocol):
     def finished(self, task: Task, start_ns: int, end_ns: int) -> None:
         """A task of the CPU that the calling thread ran within a call of its own; drain tells of it."""
 
-    def drain(self) -> list[Ticket]:
-        """Wait for all tasks issued since the last drain; their tickets, with times on the host clock."""
+    def drain(self) -> Sequence[Ran]:
+        """Wait for all tasks issued since the last drain; what they were, with times on the host clock."""
 
     def forget(self) -> None:
         """Give up what was issued and has not begun, wait for all queues, drop failures."""

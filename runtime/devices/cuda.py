@@ -166,6 +166,15 @@ class CudaDevice:
         for target, source in pairs:
             target.copy_(source, non_blocking=pinned)
 
+    def copying(self, pairs: Sequence[CopyPair], pinned: bool) -> Body:
+        """A call of copy."""
+        return lambda: self.copy(pairs, pinned)
+
+    @property
+    def takes_words(self) -> bool:
+        """No: its queues are streams."""
+        return False
+
     def peak_bytes(self) -> int:
         """Most bytes that torch's allocator held."""
         return int(torch.cuda.max_memory_reserved(self.torch_device))

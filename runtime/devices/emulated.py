@@ -2,8 +2,8 @@
 
 Real tensors, real copies, real asynchrony. The calling thread is the accelerator's queue (as it is the
 one that issues a GPU's work), and the CPU in layers that a plan leaves there; CPU, H2D and D2H are
-worker threads. Nothing sleeps in place of work except the link's pacing. Its numbers are labelled
-`emulated` wherever they appear.
+worker threads: native ones where the kernel does all of a layer's tasks, else Python's. Nothing sleeps
+in place of work except the link's pacing. Its numbers are labelled `emulated` wherever they appear.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from runtime.devices.base import (
     CopyPair,
     DeviceKind,
     Mark,
+    Ran,
     Ticket,
     WorkerQueue,
     failure,
     give_up,
     take_threads,
 )
+from runtime.native.queues import NativeBody, NativeQueues, copying
 from sim.graph import Task
 from sim.plan import Place
 
@@ -85,7 +87,9 @@ class EmulatedDevice:
             "H2D": WorkerQueue("h2d", 1, frozenset(cores)),  # the links float
             "D2H": WorkerQueue("d2h", 1, frozenset(cores)),
         }
+        self._native = _native_queues(cores, self.cpu_threads)
         self._tickets: dict[str, Ticket] = {}
+        self._awaits = False  # whether any of these was handed to a Python thread since all had ended
         self._staging: dict[str, torch.Tensor] = {}
 
     # -- memory ---------------------------------------------------------------------------------------
@@ -135,6 +139,18 @@ class EmulatedDevice:
                 ahead_s = start_s + n_bytes / rate - time.perf_counter()
                 _sleep(ahead_s)
 
+    def copying(self, pairs: Sequence[CopyPair], pinned: bool) -> Body:
+        """Words for the native queues where they can, else a call of copy."""
+        if self.takes_words and all(native.copies(to, of) for to, of in pairs):
+            rate = self.link.pinned_bytes_per_s if pinned else self.link.pageable_bytes_per_s
+            return copying(pairs, rate, self.link.chunk_bytes)
+        return lambda: self.copy(pairs, pinned)
+
+    @property
+    def takes_words(self) -> bool:
+        """Whether there are native queues, and the kernel is allowed now."""
+        return self._native is not None and native.kernel() is not None
+
     # -- tasks ----------------------------------------------------------------------------------------
 
     @contextmanager
@@ -169,14 +185,25 @@ class EmulatedDevice:
 
     def issue(self, tasks: Sequence[Task], bodies: Mapping[str, Body]) -> None:
         """Hand tasks of CPU, H2D and D2H to their threads."""
+        words = _words(bodies)
+        if self._native is not None and words is not None:
+            self._rest_python()
+            self._native.run(tasks, words, inline_cpu=False, wait=False)
+            return
+        self._rest_native()
         for task in tasks:
             self._submit(task, bodies[task.id])
 
     def run(self, tasks: Sequence[Task], bodies: Mapping[str, Body], inline_cpu: bool) -> None:
         """Hand CPU, H2D and D2H tasks to their threads, then work the device's tasks on this one."""
-        current = tasks[0]
+        current, words = tasks[0], _words(bodies)
         try:
             with self.driving():
+                if self._native is not None and words is not None:
+                    self._rest_python()
+                    self._native.run(tasks, words, inline_cpu, wait=True)
+                    return
+                self._rest_native()
                 inline = [t for t in tasks if t.resource == "GPU" or (inline_cpu and t.resource == "CPU")]
                 self._tickets.update((t.id, Ticket(t)) for t in inline)
                 for current in tasks:
@@ -192,11 +219,23 @@ class EmulatedDevice:
             self.forget()
             raise first from first.__cause__
 
+    # A step's tasks are all words or none, but for what a test puts in: whoever changes over waits for the others.
+    def _rest_native(self) -> None:
+        if self._native is not None and not self._native.idle:
+            self._native.rest()
+
+    def _rest_python(self) -> None:
+        if self._awaits:
+            for ticket in self._tickets.values():
+                self._wait(ticket)
+            self._awaits = False
+
     def _submit(self, task: Task, body: Body) -> None:
         if task.resource not in self._queues:
             raise ExecutionError(f"task {task.id}: the device is closed")
         ticket = self._tickets[task.id] = Ticket(task)
         deps = [self._tickets[d] for d in task.deps if d in self._tickets]
+        self._awaits = True
         self._queues[task.resource].submit(ticket, deps, body)
 
     def _run_inline(self, ticket: Ticket, body: Body) -> None:
@@ -217,24 +256,28 @@ class EmulatedDevice:
         ticket = self._tickets[task.id] = Ticket(task)
         ticket.finish(start_ns, end_ns)
 
-    def drain(self) -> list[Ticket]:
+    def drain(self) -> Sequence[Ran]:
         """Wait for every issued task and forget it; raise what made one fail, after all have come to rest."""
-        tickets = list(self._tickets.values())
+        tickets, found = list(self._tickets.values()), list[Ran]()
         try:
+            if self._native is not None:
+                found += self._native.drain()
             for ticket in tickets:
                 self._wait(ticket)
         except BaseException:
             self.forget()
             raise
-        self._tickets = {}
-        return tickets
+        self._tickets, self._awaits = {}, False
+        return found + tickets
 
     def forget(self) -> None:
         """Wait for every queue; what failed has been reported already."""
+        if self._native is not None:
+            self._native.forget()
         give_up(self._tickets.values())
         for queue in self._queues.values():
             queue.rest()
-        self._tickets = {}
+        self._tickets, self._awaits = {}, False
 
     # -- time -----------------------------------------------------------------------------------------
 
@@ -256,6 +299,21 @@ class EmulatedDevice:
         queues, self._queues = self._queues, {}
         for queue in queues.values():
             queue.close()
+        threads, self._native = self._native, None
+        if threads is not None:
+            threads.close()
         native.end_workers()
         self._tickets.clear()
         self._staging.clear()
+
+
+def _native_queues(cores: Sequence[int], cpu_threads: int) -> NativeQueues | None:
+    """Native threads for the last cores, where the kernel is there."""
+    kernel = native.kernel()
+    return NativeQueues.open(kernel, cores[-cpu_threads:], cores[:-cpu_threads]) if kernel is not None else None
+
+
+def _words(bodies: Mapping[str, Body]) -> dict[str, NativeBody] | None:
+    """The bodies if all are words."""
+    words = {name: body for name, body in bodies.items() if isinstance(body, NativeBody)}
+    return words if len(words) == len(bodies) else None

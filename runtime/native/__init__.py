@@ -30,7 +30,7 @@ LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16")
 """Instruction sets that the kernel is compiled for, the best last; AMX is not among them."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE = 7
+_INTERFACE = 8
 MOST_WIDTH = 256
 """Of a head in attend_prompt."""
 _AMX_ROWS = 32  # as many as AMX computes in the time of one
@@ -74,14 +74,7 @@ class Kernel:
         ExecutionError if memory runs out.
         """
         x_SD, y_SD = x_SD.contiguous(), torch.empty_like(x_SD, memory_format=torch.contiguous_format)
-        words, n_experts = array("q"), 0
-        for rows, weights, pieces in experts:
-            n_rows = x_SD.shape[0] if rows is None else rows.shape[0]
-            words.extend((_address(rows), _address(weights), n_rows, len(pieces)))
-            for gate_up, down in pieces:
-                up = gate_up.data_ptr() + gate_up.nbytes // 2
-                words.extend((gate_up.data_ptr(), up, down.data_ptr(), down.shape[1]))
-            n_experts += 1
+        n_experts, words = expert_words(x_SD.shape[0], experts)
         failed = self.library.scheinfer_mlp(
             x_SD.data_ptr(),
             y_SD.data_ptr(),
@@ -93,7 +86,7 @@ class Kernel:
             n_experts,
             words.buffer_info()[0],
         )
-        _check(failed)
+        check(failed)
         return y_SD
 
     def linear(self, x_SK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, isa: str | None = None) -> Tensor:
@@ -117,7 +110,7 @@ class Kernel:
             ISAS.index(isa or self.isa),
             threads(),
         )
-        _check(failed)
+        check(failed)
         return found
 
     def norm(self, x_SD: Tensor, weight_D: Tensor, eps: float, isa: str | None = None) -> Tensor:
@@ -126,7 +119,7 @@ class Kernel:
         n_rows, width = x_SD.numel() // x_SD.shape[-1], x_SD.shape[-1]
         pointers = (x_SD.data_ptr(), weight_D.data_ptr(), y_SD.data_ptr())
         code, best = _DTYPES[x_SD.dtype], ISAS.index(isa or self.isa)
-        _check(self.library.scheinfer_norm(*pointers, n_rows, width, eps, code, best, threads()))
+        check(self.library.scheinfer_norm(*pointers, n_rows, width, eps, code, best, threads()))
         return y_SD
 
     def turn(self, x_SHD: Tensor, cos: Tensor, sin: Tensor, isa: str | None = None) -> None:
@@ -135,7 +128,7 @@ class Kernel:
         stride = width if cos.shape[0] > 1 else 0
         pointers = (x_SHD.data_ptr(), cos.data_ptr(), sin.data_ptr())
         code, best = _DTYPES[x_SHD.dtype], ISAS.index(isa or self.isa)
-        _check(self.library.scheinfer_turn(*pointers, n_rows, n_heads, width, stride, code, best, threads()))
+        check(self.library.scheinfer_turn(*pointers, n_rows, n_heads, width, stride, code, best, threads()))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, isa: str | None = None) -> Tensor:
         """One query per head over all keys, sums in float32: [B, H, Dv].
@@ -151,7 +144,7 @@ class Kernel:
 
     def layer(self, words: LayerWords) -> None:
         """A decoder layer for one new token of each sequence, on threads() threads; see runtime.native.layer."""
-        _check(self.library.scheinfer_layer(ctypes.byref(words), threads()))
+        check(self.library.scheinfer_layer(ctypes.byref(words), threads()))
 
     def attend_prompt(self, query: Tensor, key: Tensor, value: Tensor, scale: float, isa: str | None = None) -> Tensor:
         """Causal attention of the last S of T tokens, sums in float32: [B, S, H, Dv].
@@ -172,7 +165,7 @@ class Kernel:
         """The last of the tensors, once the function has written it."""
         pointers = (tensor.data_ptr() for tensor in tensors)
         code, best = _DTYPES[tensors[0].dtype], ISAS.index(isa or self.isa)
-        _check(function(*pointers, shape.buffer_info()[0], scale, code, best, threads()))
+        check(function(*pointers, shape.buffer_info()[0], scale, code, best, threads()))
         return tensors[-1]
 
     def read(self, flat: Tensor) -> None:
@@ -195,9 +188,27 @@ class Kernel:
         self.library.scheinfer_end_workers()
 
 
-def _check(failed: int) -> None:
+def check(failed: int) -> None:
+    """ExecutionError if a call of the library says that it failed."""
     if failed:
         raise ExecutionError(f"native kernel: {('no memory', 'no such instruction set')[failed - 1]}")
+
+
+def expert_words(n_rows: int, experts: Iterable[Expert]) -> tuple[int, array[int]]:
+    """Number of experts, and each with its pieces as mlp.cpp reads them; n_rows of x where an expert names none."""
+    words, n_experts = array("q"), 0
+    for rows, weights, pieces in experts:
+        words.extend((_address(rows), _address(weights), n_rows if rows is None else rows.shape[0], len(pieces)))
+        for gate_up, down in pieces:
+            up = gate_up.data_ptr() + gate_up.nbytes // 2
+            words.extend((gate_up.data_ptr(), up, down.data_ptr(), down.shape[1]))
+        n_experts += 1
+    return n_experts, words
+
+
+def codes(kernel: Kernel, dtype: torch.dtype, act: int) -> tuple[int, int, int]:
+    """Dtype, activation and best instruction set as the library numbers them."""
+    return _DTYPES[dtype], act, ISAS.index(kernel.isa)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -227,6 +238,13 @@ def load(path: Path) -> Kernel:
     library.scheinfer_stay_awake.argtypes = [ctypes.c_int]
     library.scheinfer_stay_awake.restype = None
     library.scheinfer_read.restype = ctypes.c_uint64
+    library.scheinfer_perform.argtypes = [pointer]
+    library.scheinfer_queues_open.argtypes = [pointer, number, number]
+    library.scheinfer_queues_open.restype = pointer
+    library.scheinfer_queues_run.argtypes = [pointer, pointer, number, ctypes.c_int]
+    library.scheinfer_queues_rest.argtypes = [pointer, ctypes.c_int]
+    library.scheinfer_queues_close.argtypes = [pointer]
+    library.scheinfer_queues_rest.restype = library.scheinfer_queues_close.restype = None
     isas = tuple(name for i, name in enumerate(ISAS) if library.scheinfer_has(i))
     return Kernel(library, isas)
 
