@@ -1,5 +1,6 @@
 # make demo   the main job on two small models that it builds: calibrate, plan, run, compare, report in demo/
 # make test   lint, types and the whole test suite
+# make sanitize  the native kernel's tests, compiled to find reads and writes out of bounds and undefined behaviour
 # make clean  removes what these two made
 #
 # PYTHON= chooses the interpreter (3.11 or newer), VENV= the environment, PYTEST_ARGS= what pytest gets.
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed-$(shell printf '%s' '$(CURDIR)' | cksum | cut -d ' '
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: demo test lint types venv clean
+.PHONY: demo test lint types venv clean sanitize
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -28,6 +29,15 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(PY) -m mypy --strict hwmodels sim runtime experiments scheinfer.py
+
+# Python and torch hold memory until they end, so leaks are not looked for. Afterwards the kernel is built as it is used.
+SANITIZED := -O1 -g -Wno-psabi -fsanitize=address -fsanitize=undefined -fno-sanitize-recover=all
+sanitize: $(STAMP)
+	CXXFLAGS='$(SANITIZED)' $(PY) hatch_build.py
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  CXXFLAGS='$(SANITIZED)' $(PY) -m pytest -q $(PYTEST_ARGS) \
+	  $(addprefix tests/test_,native.py step.py prompt.py projection.py layer.py); \
+	  status=$$?; $(PY) hatch_build.py && exit $$status
 
 venv: $(STAMP)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -64,18 +65,18 @@ def compiler() -> str:
 
 
 def build(folder: Path, target: Path) -> None:
-    """Compile the sources of `folder` into the shared library `target`. BuildFailedError if that fails."""
+    """Compile the sources of `folder` into the library `target`, with $CXXFLAGS. BuildFailedError if that fails."""
     if sys.platform != "linux":
         raise BuildFailedError(f"the kernel needs Linux, this is {sys.platform}")
-    cxx = compiler()
+    cxx, asked = compiler(), shlex.split(os.environ.get("CXXFLAGS", ""))
     sources = _ANYWHERE | (_X86 if platform.machine() in ("x86_64", "AMD64") else {})
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = [str(Path(scratch) / f"{name}.o") for name in sources]
         for (name, flags), out in zip(sources.items(), objects, strict=True):
-            _run([cxx, *_COMMON, *flags, "-c", str(folder / name), "-o", out])
+            _run([cxx, *_COMMON, *flags, *asked, "-c", str(folder / name), "-o", out])
         linked = Path(scratch) / LIBRARY
-        _run([cxx, "-shared", "-pthread", *objects, "-o", str(linked)])
+        _run([cxx, "-shared", "-pthread", *asked, *objects, "-o", str(linked)])
         linked.replace(target)  # at once: a process that has the old one mapped keeps it
 
 

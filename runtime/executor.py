@@ -134,8 +134,8 @@ class Executor:
         """A forward pass begins: n_tokens rows in all, kv_tokens of depth per sequence after it.
 
         masked: some tokens of a prompt do not see all before them, so that its attention is not the kernel's. Outside
-        a run, a pass without a past begins a new recording. ExecutionError if closed, PlanError if the KV cache
-        outgrows the plan.
+        a run, a pass without a past begins a new recording. ExecutionError if closed, PlanError without
+        a token, or if the KV cache outgrows the plan.
         """
         self._check_open()
         self._check_room(n_tokens, kv_tokens, batch)
@@ -244,6 +244,8 @@ class Executor:
             raise ExecutionError(f"{self.spec.name} is closed and its weights are gone; load it again")
 
     def _check_room(self, n_tokens: int, kv_tokens: int, batch: int) -> None:
+        if n_tokens < 1:
+            raise PlanError("a step without a token is asked for; give every sequence at least one")
         if kv_tokens * batch > self.plan.n_ctx * self.plan.batch:
             raise PlanError(
                 f"a KV cache of {kv_tokens} tokens for each of {batch} sequences is asked for, the plan has room for "

@@ -6,6 +6,7 @@ The returned object keeps its class's `generate`, caches and streamers; it gains
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from hwmodels.errors import ExecutionError, PlanError
 from hwmodels.schema import to_json
 from hwmodels.units import format_bytes
 from runtime.adapter import Adapter, FfnKind
+from runtime.bound import BoundModel
 from runtime.checkpoint import Checkpoint, read_config
 from runtime.devices import Device, open_device
 from runtime.devices.base import failure
@@ -39,7 +41,7 @@ from sim.timeline import Timeline
 from sim.workload import RoutingTrace
 
 
-class PlannedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
+class PlannedModel(BoundModel):  # type: ignore[no-untyped-call]
     """What `load` adds to the model's own class; never instantiated itself."""
 
     executor: Executor
@@ -57,6 +59,7 @@ class PlannedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
         Raises ExecutionError if a task fails or device memory runs out; the model stays usable.
         """
+        self.check_here()
         try:
             with self.executor.device.driving(), torch.no_grad():
                 return super().__call__(*args, **kwargs)
@@ -83,6 +86,7 @@ class PlannedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         A prompt is fed in the plan's chunks. Threads take turns.
         Raises ExecutionError, naming the task, if one fails; the model stays usable.
         """
+        self.check_here()
         kwargs.setdefault("disable_compile", True)  # the executor cannot be traced
         executor = self.executor
         if executor.plan.chunk_tokens is not None and kwargs.get("use_cache", True):
@@ -107,8 +111,10 @@ class PlannedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         return {**to_json(self.device_memory), "peak_vram_bytes": self.executor.device.peak_bytes()}
 
     def close(self) -> None:
-        """End threads, drop weights, give device memory back; safe to call twice."""
+        """End threads, drop weights, give device memory back; safe to call twice, and without effect in a fork."""
         self.executor.stop()
+        if not self.is_here:
+            return
         with self.executor.device.driving():
             for module in self.modules():
                 if isinstance(module, (PartitionedMlp, PartitionedExperts)):
@@ -187,6 +193,7 @@ def assemble(folder: Path, spec: ModelSpec, plan: Plan, device: Device, fill: Fi
         fill_cache(spec, plan, store)
         _audit(need, store)
         planned = _adopt(model)
+        planned.process = os.getpid()
         planned.executor = Executor(spec, plan, device, store, ACT2FN[model.config.hidden_act])
         planned.device_memory = need
         planned.last_timeline, planned.last_routing = None, None

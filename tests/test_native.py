@@ -398,6 +398,18 @@ def test_a_compiler_that_fails_leaves_a_note_and_no_library(cxx, monkeypatch, tm
     assert {p.suffix for p in folder.iterdir()} == {".cpp", ".h", ".py"}
 
 
+def test_flags_of_the_environment_reach_compiler_and_linker(monkeypatch, tmp_path):
+    said, cxx = tmp_path / "said", tmp_path / "cxx"
+    cxx.write_text(f'#!/bin/sh\necho "$@" >> {said}\nfor last; do :; done\n: > "$last"\n')
+    cxx.chmod(0o755)
+    monkeypatch.setenv("CXX", str(cxx))
+    monkeypatch.setenv("CXXFLAGS", "-O1 -fsanitize='address'")
+    hatch_build.build(ROOT / hatch_build.SOURCES, tmp_path / hatch_build.LIBRARY)
+    lines = said.read_text().splitlines()
+    assert "-shared" in lines[-1]
+    assert all(" -O1 -fsanitize=address " in line for line in lines)
+
+
 def test_the_kernel_is_compiled_when_the_package_is_installed():
     text = (ROOT / "pyproject.toml").read_text()
     assert "[tool.hatch.build.hooks.custom]" in text
