@@ -63,7 +63,7 @@ def samples(times_s: Mapping[Work, Sequence[Sequence[float]]]) -> tuple[Sample, 
     """A curve's samples from repeats by round, where every round visited all points: what it did to all cancels.
 
     A round's slowness is the median over points of its times relative to the point's own; times are divided by it, and
-    the medians of what is left (a median polish, Tukey 1977) come times the mean over rounds. So points of a curve
+    the middles of what is left (a median polish, Tukey 1977) come times the mean over rounds. So points of a curve
     stand to each other as within a round, whatever the machine's speed was meanwhile; spreads are of the times as
     measured.
     """
@@ -98,8 +98,14 @@ def _slowness(times_s: Mapping[Work, Sequence[Sequence[float]]]) -> list[float]:
 
 
 def _evened(rounds: Sequence[Sequence[float]], slowness: Sequence[float]) -> float:
-    """Median of a point's times, each by its round's slowness."""
-    return statistics.median(t / slow for own, slow in zip(rounds, slowness, strict=True) for t in own)
+    """Mean of the middle half of a point's times, each by its round's slowness.
+
+    Where a time is one of two by chance, as of a copy whose thread must wait for a core or not, the median is one of
+    them and jumps from point to point; what a plan pays is between.
+    """
+    times_s = sorted(t / slow for own, slow in zip(rounds, slowness, strict=True) for t in own)
+    cut = len(times_s) // 4
+    return statistics.fmean(times_s[cut : len(times_s) - cut])
 
 
 def repeats(values: Sequence[float]) -> Repeats:

@@ -21,26 +21,13 @@ from hwmodels.slowing import Contention as Contention
 from hwmodels.slowing import Repeats as Repeats
 from hwmodels.slowing import Resource as Resource
 from hwmodels.slowing import Source as Source
+from hwmodels.work import AXES as AXES
 from hwmodels.work import DTYPE_BYTES, Op, Work
 
 SCHEMA = "scheinfer.hardware"
 VERSION = 1
 
 Evidence = Literal["measured", "interpolated", "extrapolated", "specified"]
-
-AXES: dict[Op, tuple[str, str]] = {
-    "ffn": ("n_tokens", "weight_bytes"),
-    "head": ("n_tokens", "weight_bytes"),
-    "attn": ("n_tokens", "io_bytes"),
-    "embed": ("n_tokens", "io_bytes"),
-    "join": ("n_tokens", "io_bytes"),
-    "sample": ("n_tokens", "io_bytes"),
-    "pinned": ("n_tokens", "io_bytes"),
-    "pageable": ("n_tokens", "io_bytes"),
-    "stream_read": ("n_tokens", "io_bytes"),
-    "stream_copy": ("n_tokens", "io_bytes"),
-}
-"""Which two quantities of a Work each curve is a function of."""
 
 
 def _check_dtype(field_name: str, dtype: str) -> None:
@@ -60,9 +47,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Sample:
-    """One measured point: the work asked, the median of `count` repeats and their spread (p90 - p10).
+    """One measured point: the work asked, the middle of `count` repeats and their spread (p90 - p10).
 
-    outliers of these lie far from the others; they are kept in median and spread.
+    median_s is their median, or of a calibrated curve the middle that hwmodels.calibrate.samples takes. outliers of the
+    repeats lie far from the others; they are kept in all of this.
     """
 
     n_tokens: int
@@ -268,8 +256,13 @@ class HardwareProfile:
         return {(c.resource, c.op, c.dtype): c for c in own_last}
 
     def curve(self, resource: Resource, op: Op, dtype: str) -> Curve | None:
-        """The curve that answers for an operation, None if there is none; a copy's bytes have no dtype."""
+        """The curve that answers for an operation, None if there is none; a copy's bytes have no dtype.
+
+        Where copies of activations were not measured apart, those of page-locked memory answer.
+        """
         curve = self._index.get((resource, op, dtype))
+        if curve is None and op == "activations":
+            return self.curve(resource, "pinned", dtype)
         if curve is None and op in ("pinned", "pageable"):
             return next((c for key, c in self._index.items() if key[:2] == (resource, op)), None)
         return curve

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Op = Literal["ffn", "attn", "head", "embed", "join", "sample", "pinned", "pageable", "stream_read", "stream_copy"]
+Op = Literal[
+    "ffn", "attn", "head", "embed", "join", "sample", "activations", "pinned", "pageable", "stream_read", "stream_copy"
+]
 """Names of the curves a profile may hold.
 
 ffn          a gated or plain MLP part: columns of one MLP or expert
@@ -14,11 +16,27 @@ head         final norm and output projection
 embed        token embedding and the mask and position set-up of a step
 join         the sum of a layer's partial outputs
 sample       from logits to the next step's input: the host's loop
-pinned       a copy between device memory and page-locked host memory
-pageable     a copy between device memory and ordinary host memory
+activations  a copy of hidden states through page-locked buffers, right after what made them, beside other work
+pinned       a copy of weights between device memory and page-locked host memory
+pageable     a copy of weights between device memory and ordinary host memory
 stream_read  reading a large array of a resource's memory: a yardstick, no task of a plan
 stream_copy  copying one, bytes read and written both counted, as the STREAM benchmark does
 """
+
+AXES: dict[Op, tuple[str, str]] = {
+    "ffn": ("n_tokens", "weight_bytes"),
+    "head": ("n_tokens", "weight_bytes"),
+    "attn": ("n_tokens", "io_bytes"),
+    "embed": ("n_tokens", "io_bytes"),
+    "join": ("n_tokens", "io_bytes"),
+    "sample": ("n_tokens", "io_bytes"),
+    "activations": ("n_tokens", "io_bytes"),
+    "pinned": ("n_tokens", "io_bytes"),
+    "pageable": ("n_tokens", "io_bytes"),
+    "stream_read": ("n_tokens", "io_bytes"),
+    "stream_copy": ("n_tokens", "io_bytes"),
+}
+"""Which two quantities of a Work each curve is a function of."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -77,3 +95,8 @@ def ffn(n_tokens: int, d_model: int, columns: int, dtype: str, n_matrices: int =
 def copy(n_bytes: float, dtype: str, pinned: bool = True) -> Work:
     """Work of moving `n_bytes` between host and device memory."""
     return Work("pinned" if pinned else "pageable", dtype, 1, 0.0, 0.0, float(n_bytes))
+
+
+def activations(n_bytes: float, dtype: str) -> Work:
+    """Work of moving a step's activations, `n_bytes`, through page-locked buffers: right after what made them."""
+    return Work("activations", dtype, 1, 0.0, 0.0, float(n_bytes))

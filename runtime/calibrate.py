@@ -9,9 +9,9 @@ yardstick  reading and copying large arrays, before and after all others: has th
 rest       embedding, attention, head and sampling: a model of the same shapes with random weights and few
            layers, run by the executor with everything on the device, then with everything on the CPU
 waits      how much longer attention takes after waiting for the CPU or for the link
-overlap    hand-offs between resources, small copies and joins, read from an overlapping run
+overlap    hand-offs between resources, copies of activations and joins, read from an overlapping run
 mlp        MLP parts over width and tokens, on CPU and GPU
-copies     H2D and D2H over sizes, pinned and pageable
+copies     weights over the link: H2D and D2H over sizes, pinned and pageable
 together   CPU, GPU and H2D at work at once, reading and computing: the contention table
 variants   MLP parts on the CPU with other numbers of threads, and in other types of numbers
 """
@@ -44,7 +44,7 @@ from runtime.projection import FEW_ROWS
 from runtime.resume import KeptParts, measurement_key
 from runtime.rounds import Effort, Measuring, finish
 from runtime.session import PlannedModel
-from runtime.standin import SMALL_COPY_BYTES, StandIn, built, measure_overlapped, measure_rest
+from runtime.standin import StandIn, built, measure_overlapped, measure_rest
 from runtime.synthetic import DEFAULT_CONFIG, shrunk
 from runtime.turns import Turn, glance, progress_bar, take_turns, tell
 from sim.model import ModelSpec
@@ -52,7 +52,7 @@ from sim.plan import Place
 
 _STAND_IN_BYTES = 256 << 20  # weights of the model that stands for the real one: several times any cache
 _SLACK_BYTES = 64 << 20  # blocks of the device's allocator are rounded up
-_PINNED_BYTES = tuple(SMALL_COPY_BYTES << i for i in (0, 1, 2, 4, 6, 8))
+_PINNED_BYTES = tuple(1 << i for i in (14, 16, 18, 19, 20, 22, 24, 26))
 _PAGEABLE_BYTES = tuple(1 << i for i in (14, 16, 18, 20, 22, 24))
 SETS: tuple[tuple[Resource, ...], ...] = (("CPU", "GPU"), ("CPU", "H2D"), ("GPU", "H2D"), ("CPU", "GPU", "H2D"))
 """Resources that are measured working together."""
@@ -84,7 +84,7 @@ class Extent:
 # Kernels change from one token to the next up to 9: matrix-vector, tiles of 2, 4 and more rows, and from FEW_ROWS on
 # projections by other kernels.
 _FEW = (*range(1, FEW_ROWS + 2), 12, 16, 24, 32)
-QUICK = Extent((*_FEW, 64, 128, 256), (0, 256), 3, 20, 36.0, 0.08, False)
+QUICK = Extent((*_FEW, 64, 128, 256), (0, 256), 3, 20, 42.0, 0.08, False)
 FULL = Extent((*_FEW, 48, 64, 96, 128, 192, 256, 512), (0, 128, 512, 2048), 3, 60, 60.0, 0.25, True, 3)
 SMOKE = Extent((1, 4, 16), (0,), 1, 1, 1.0, 0.01, False)
 """Enough to see that everything works, too little to plan by."""
@@ -280,9 +280,9 @@ _PARTS: dict[str, tuple[float, _Measure]] = {
     "rest on the GPU": (8, _rest("GPU")),
     "rest on the CPU": (8, _rest("CPU")),
     "waits": (3, _waits),
-    "overlap": (6, _overlap),
+    "overlap": (9, _overlap),
     "mlp": (10, _mlp),
-    "copies": (3, _copies),
+    "copies": (2, _copies),
     "together": (6, _together),
     "variants": (4, _variants),
     "yardstick again": (0.5, _yardstick),

@@ -17,7 +17,7 @@ Case = Callable[[], Iterable[tuple[Key, float]]]
 InRounds = Generator[float, None, Done]
 """A measurement that says after every round what share of it is done, 0 to 1, so that others can take turns with it."""
 Measuring = InRounds[Part]
-_VISIT_S, _MOST_VISITS = 0.01, 4
+_VISIT_S, _MOST_VISITS = 0.015, 4
 _SURE = 0.75  # of a measurement must be over before it may end early: the machine's speed changes by turns of seconds
 
 

@@ -1,4 +1,4 @@
-"""What calibration reads from whole forward passes: attention, ends, hand-offs, small copies, joins.
+"""What calibration reads from whole forward passes: attention, ends, hand-offs, copies of activations, joins.
 
 A model of the same shapes with random weights and few layers stands for the real one. Its passes are run
 by the executor; the spans of its timelines are the measurements.
@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from hwmodels.calibrate import handoffs, samples
 from hwmodels.profile import Curve, Resource
-from hwmodels.work import Op, Work, copy
+from hwmodels.work import Op, Work, activations
 from runtime.devices import open_device
 from runtime.rounds import Case, Effort, Measuring, flat, in_rounds
 from runtime.session import PlannedModel
@@ -33,7 +33,6 @@ from sim.timeline import Timeline
 from sim.workload import RoutingTrace, Step
 
 N_PARTIAL = 3  # the overlapping run joins GG, CG and CC
-SMALL_COPY_BYTES = 1 << 18  # smaller copies are read from an overlapping run, where caches are cold
 _N_DECODE = 8
 
 
@@ -144,7 +143,7 @@ def _generate(model: PlannedModel) -> Timeline:
     return model.last_timeline
 
 
-# -- hand-offs, small copies, joins -------------------------------------------------------------------
+# -- hand-offs, copies of activations, joins -----------------------------------------------------------
 
 _Found = tuple[Resource, Work] | str
 """What a resource did, or a pair of resources that a task was handed along."""
@@ -173,10 +172,8 @@ def _overlapped_case(model: PlannedModel, n_tokens: int) -> Case[_Found]:
 
     def visit() -> Iterator[tuple[_Found, float]]:
         for span in forward(model, n_tokens, 0)[0].spans:
-            if span.kind == "act_d2h" and span.bytes < SMALL_COPY_BYTES:
-                yield ("D2H", copy(span.bytes, spec.dtype)), span.duration_s
-            elif span.kind == "act_h2d" and span.bytes < SMALL_COPY_BYTES:
-                yield ("H2D", copy(span.bytes, spec.dtype)), span.duration_s
+            if span.kind in ("act_d2h", "act_h2d"):
+                yield (span.resource, activations(span.bytes, spec.dtype)), span.duration_s
             elif span.kind == "join":
                 yield ("GPU", spec.small_work("join", n_tokens * N_PARTIAL)), span.duration_s
 

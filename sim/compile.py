@@ -286,7 +286,7 @@ class StepCompiler:
 
     def _copy(self, kind: Kind, resource: Resource, layer: int, n_bytes: float, deps: tuple[str, ...]) -> Task:
         # Activations pass through small page-locked buffers, whatever the weights lie in.
-        return self._task(kind, layer, resource, (work.copy(n_bytes, self.spec.dtype, pinned=True),), deps)
+        return self._task(kind, layer, resource, (work.activations(n_bytes, self.spec.dtype),), deps)
 
     def _send(self, name: str, layer: int, parts: tuple[Part, ...], deps: tuple[str, ...]) -> Task:
         slot = self._next_slot

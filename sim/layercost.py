@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwmodels.profile import HardwareProfile, Resource
-from hwmodels.work import copy
+from hwmodels.work import activations, copy
 from sim.layers import FfnSpec
 from sim.model import ModelSpec
 from sim.plan import Tier
@@ -123,7 +123,8 @@ class Prices:
 
     def activations_s(self, resource: Resource, n_tokens: int) -> float:
         """Seconds of copying the hidden states of a step."""
-        return self.copy_s(resource, float(n_tokens * self.spec.d_model * self.spec.dtype_bytes), pinned=True)
+        n_bytes = n_tokens * self.spec.d_model * self.spec.dtype_bytes
+        return self.profile.time_s(resource, activations(n_bytes, self.spec.dtype)).seconds if n_bytes else 0.0
 
     def join_s(self, n_tokens: int, most_partials: int) -> Seconds:
         """Seconds of a join of 0, 1, ... partial results."""
