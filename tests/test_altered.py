@@ -60,6 +60,10 @@ ALTERATIONS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "a norm's forward of its own": ("input_layernorm", override),
     "a parametrization": ("self_attn.q_proj", lambda m: parametrize.register_parametrization(m, "weight", Twice())),
     "a bias": ("self_attn.o_proj", lambda m: setattr(m, "bias", nn.Parameter(torch.ones(m.out_features)))),
+    "a bias that lies as one number": (
+        "self_attn.q_proj",
+        lambda m: setattr(m, "bias", nn.Parameter(torch.ones(1).expand(m.out_features))),
+    ),
     "no bias": ("self_attn.q_proj", lambda m: setattr(m, "bias", None)),
     "another scale": ("self_attn", lambda m: setattr(m, "scaling", 0.1)),
     "another epsilon": ("post_attention_layernorm", lambda m: setattr(m, "variance_epsilon", 0.5)),

@@ -69,6 +69,16 @@ def test_torch_projects_prompts_and_what_needs_gradients() -> None:
     assert layer(x[:1].requires_grad_()).requires_grad
 
 
+@torch.no_grad()
+def test_torch_projects_what_lies_with_gaps_or_elsewhere() -> None:
+    layer, x = projection(64, 64, torch.float32), torch.randn(1, 64)
+    layer.bias = nn.Parameter(torch.ones(1).expand(64))
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    layer.weight.data, layer.bias = layer.weight.data.t(), None
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight))
+    assert layer.to("meta")(x.to("meta")).shape == (1, 64)
+
+
 def test_without_the_kernel_torch_projects(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCHEINFER_KERNEL", "torch")
     layer, x = projection(64, 64, torch.bfloat16), torch.randn(1, 64).bfloat16()

@@ -364,7 +364,8 @@ def projects(x_SK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
         return False
     if torch.is_grad_enabled() and (x_SK.requires_grad or weight_NK.requires_grad):
         return False
-    return weight_NK.dtype == dtype and weight_NK.is_contiguous() and (bias_N is None or bias_N.dtype == dtype)
+    given = (weight_NK,) if bias_N is None else (weight_NK, bias_N)
+    return all(t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous() for t in given)
 
 
 def threads() -> int:
