@@ -12,6 +12,7 @@ from runtime.ops import Activation, Piece, gated_mlp, routed_mlp
 from runtime.routing import Routed
 from sim.graph import Part, Task
 
+_MOST_KEPT = 1024  # an expert cache changes what is sent ahead
 PiecesOf = Callable[[Part], list[Piece]]
 
 
@@ -74,9 +75,7 @@ class LayerBinding:
     # -- copies ---------------------------------------------------------------------------------------
 
     def _send(self, task: Task, store: LayerStore) -> Body:
-        width = 3 * self._x.shape[-1]
-        pairs = send_pairs(store, self._slots, task, width)
-        return self._device.copying(pairs, self._pinned)
+        return sending(self._device, store, self._slots, task, 3 * self._x.shape[-1], self._pinned)
 
     def _move_expert(self, task: Task) -> Body:
         """An expert's host part into its slot of the cache, or back."""
@@ -157,6 +156,19 @@ class LayerBinding:
         for y in others:
             first.add_(y)
         self.output = first
+
+
+def sending(device: Device, store: LayerStore, slots: Slots, task: Task, width: int, pinned: bool) -> Body:
+    """The body of a send task. What is sent ahead is the same in every step, so that its body is made once."""
+    key = (task.layer, task.slot, task.parts, device.takes_words)
+    kept = slots.kept.get(key)
+    if kept is not None:
+        slots.hold(task.slot, kept[1])
+        return kept[0]
+    body = device.copying(send_pairs(store, slots, task, width), pinned)
+    if len(slots.kept) < _MOST_KEPT and not any(part.n_tokens for part in task.parts):
+        slots.kept[key] = body, slots.held(task.slot)
+    return body
 
 
 def send_pairs(store: LayerStore, slots: Slots, task: Task, width: int) -> list[tuple[Tensor, Tensor]]:

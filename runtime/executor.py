@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hwmodels.errors import ExecutionError, PlanError
-from runtime.binding import LayerBinding, send_pairs
+from runtime.binding import LayerBinding, sending
 from runtime.devices.base import Body, Device, Mark
 from runtime.memory import WeightStore
 from runtime.ops import Activation
@@ -62,7 +62,7 @@ class _Recording:
     """
 
     cached: tuple[Key, ...] | None = None
-    spans: list[Span] = field(default_factory=list)
+    times: list[tuple[Task, int, int]] = field(default_factory=list)
     routing: dict[tuple[str, int], Routing] = field(default_factory=dict)
     n_prompt: int = 0
     n_decode: int = 0
@@ -103,10 +103,9 @@ class Executor:
         self._in_run = False
         if self._step is None:
             self._close_sample(self.device.mark(self.plan.ends))
-        spans = sorted(self._recording.spans, key=lambda s: (s.start_s, s.end_s))
-        origin_s = spans[0].start_s if spans else 0.0
+        spans = _spans(self._recording.times)
         trace = RoutingTrace(dict(self._recording.routing), self._recording.cached)
-        return Timeline("measured", tuple(_shifted(s, origin_s) for s in spans), info), trace
+        return Timeline("measured", spans, info), trace
 
     def cache_info(self) -> dict[str, object]:
         """Share of uses of experts that found them in the expert cache, since the run began."""
@@ -286,9 +285,7 @@ class Executor:
             self._recording.sample = None
 
     def _record(self, task: Task, start_ns: int, end_ns: int) -> None:
-        start_s, end_s = start_ns / 1e9, end_ns / 1e9
-        span = Span(task.id, task.kind, task.resource, task.step, task.layer, start_s, end_s, task.bytes, task.flops)
-        self._recording.spans.append(span)
+        self._recording.times.append((task, start_ns, end_ns))  # spans are made once the run has ended
 
     def _move(self, moves: Sequence[Task], hidden: Tensor) -> Tensor:
         for task in moves:
@@ -305,13 +302,16 @@ class Executor:
     def _send_ahead(self, tasks: Sequence[Task]) -> None:
         bodies: dict[str, Body] = {}
         for task in tasks:
-            slots = self.store.slots[self._current().compiler.tier]
-            pairs = send_pairs(self.store.layers[task.layer], slots, task, 3 * self.spec.d_model)
-            bodies[task.id] = self.device.copying(pairs, self.plan.pinned)
+            slots, width = self.store.slots[self._current().compiler.tier], 3 * self.spec.d_model
+            bodies[task.id] = sending(self.device, self.store.layers[task.layer], slots, task, width, self.plan.pinned)
         if tasks:
             self.device.issue(tasks, bodies)
 
 
-def _shifted(span: Span, by_s: float) -> Span:
-    start_s, end_s = span.start_s - by_s, span.end_s - by_s
-    return Span(span.task, span.kind, span.resource, span.step, span.layer, start_s, end_s, span.bytes, span.flops)
+def _spans(times: Sequence[tuple[Task, int, int]]) -> tuple[Span, ...]:
+    """Spans in the order of time, from the first one's begin on."""
+    origin_ns = min((start_ns for _, start_ns, _ in times), default=0)
+    return tuple(
+        Span(t.id, t.kind, t.resource, t.step, t.layer, (a - origin_ns) / 1e9, (b - origin_ns) / 1e9, t.bytes, t.flops)
+        for t, a, b in sorted(times, key=lambda found: found[1:])
+    )

@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from runtime.devices.base import Device
+from runtime.devices.base import Body, Device
 from runtime.ops import Piece, piece_views
 from sim.caching import CacheState
 from sim.graph import Part
@@ -86,11 +86,12 @@ class LayerStore:
 
 
 class Slots:
-    """Device buffers that sent columns pass through, and what each holds."""
+    """Device buffers that sent columns pass through, and what each holds; kept: bodies of sends made before."""
 
     def __init__(self, buffers: tuple[Tensor, ...]) -> None:
         self._buffers = buffers
         self._held: list[dict[int, Tensor]] = [{} for _ in buffers]
+        self.kept: dict[object, tuple[Body, dict[int, Tensor]]] = {}
 
     def place(self, slot: int, parts: Sequence[Part], width: int) -> list[Tensor]:
         """Lay parts one after the other into a slot; the run of device memory of each."""
@@ -101,6 +102,14 @@ class Slots:
             first += n
         self._held[slot] = {part.expert: run for part, run in zip(parts, runs, strict=True)}
         return runs
+
+    def held(self, slot: int) -> dict[int, Tensor]:
+        """The run of memory of each expert that was laid into a slot last."""
+        return self._held[slot]
+
+    def hold(self, slot: int, runs: dict[int, Tensor]) -> None:
+        """Lay into a slot what `held` told before."""
+        self._held[slot] = runs
 
     def run(self, slot: int, expert: int) -> Tensor:
         """The run of memory that holds an expert's sent columns."""
