@@ -25,6 +25,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from hwmodels.errors import FormatError
+from hwmodels.pace import SLOW
 from hwmodels.pool import pooled
 from hwmodels.profile import HardwareProfile
 from runtime.budget import fixed_bytes
@@ -197,6 +198,7 @@ def _anonymous_bytes() -> int | None:
 
 def _evidence(folder: Path, spec: ModelSpec, profile: HardwareProfile, logs: Sequence[_Log]) -> Evidence:
     runs, spans, routing = [], [], []
+    slow_s = SLOW * min((s for log in logs for run in log.runs for s in run.loops_s), default=0.0)
     for log in logs:
         plan_id, shown = log.candidate.plan.id, median_run(log.runs)
         n_of_visit: Counter[int] = Counter()
@@ -210,15 +212,16 @@ def _evidence(folder: Path, spec: ModelSpec, profile: HardwareProfile, logs: Seq
         config=read_config(folder),
         spec=spec,
         profile=profile,
-        cases=tuple(_case(log) for log in logs),
+        cases=tuple(_case(log, slow_s) for log in logs),
         runs=pd.DataFrame(runs, columns=list(RUNS)),
         spans=pd.DataFrame(spans, columns=list(SPANS)),
         routing=pd.DataFrame(routing, columns=list(ROUTING)),
     )
 
 
-def _case(log: _Log) -> Case:
+def _case(log: _Log, slow_s: float) -> Case:
     loads = [run.others_load for run in log.runs if run.others_load is not None]
+    slowed = [s >= slow_s for run in log.runs for s in run.loops_s]
     return Case(
         plan=log.candidate.plan,
         workload=log.candidate.problem.workload,
@@ -226,4 +229,5 @@ def _case(log: _Log) -> Case:
         loaded_bytes=round(statistics.median(log.loaded_bytes)) if log.loaded_bytes else None,
         others_load=max(loads, default=None),
         tokens=median_run(log.runs).tokens,
+        slowed=statistics.fmean(slowed) if slowed else None,
     )

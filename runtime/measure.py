@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hwmodels.errors import PlanError
 from hwmodels.load import LoadMeter
+from hwmodels.pace import glance
 from runtime.session import PlannedModel
 from sim.timeline import Timeline
 from sim.workload import RoutingTrace
@@ -21,7 +22,8 @@ class Measured:
     """One generation.
 
     tokens are the new ones of the first sequence, peak_vram_bytes is since loading, others_load is the
-    share of all cores that other processes took meanwhile (None where the system does not tell).
+    share of all cores that other processes took meanwhile (None where the system does not tell); loops_s is
+    hwmodels.pace's loop on every core, before and after.
     """
 
     ttft_s: float
@@ -31,6 +33,7 @@ class Measured:
     tokens: tuple[int, ...]
     peak_vram_bytes: int
     others_load: float | None
+    loops_s: tuple[float, ...] = ()
 
     @property
     def total_s(self) -> float:
@@ -62,16 +65,15 @@ def measure(
 
 
 def _once(model: PlannedModel, ids: torch.Tensor, n_gen: int, streamer: BaseStreamer | None, n_depth: int) -> Measured:
-    meter = LoadMeter.start()
+    before_s, meter = glance(), LoadMeter.start()
     out = _generate(model, ids, n_gen, streamer, n_depth)
     others_load = meter.others()
-    timeline, routing = model.last_timeline, model.last_routing
+    timeline, routing, peak_bytes = model.last_timeline, model.last_routing, model.executor.device.peak_bytes()
     assert timeline is not None, "generate has run"
     assert routing is not None, "generate has run"
     tokens = tuple(int(t) for t in out[0, ids.shape[1] :])
-    return Measured(
-        timeline.ttft_s, timeline.tpot_s, timeline, routing, tokens, model.executor.device.peak_bytes(), others_load
-    )
+    times_s, loops_s = (timeline.ttft_s, timeline.tpot_s), (*before_s, *glance())
+    return Measured(*times_s, timeline, routing, tokens, peak_bytes, others_load, loops_s)
 
 
 def _generate(

@@ -24,6 +24,7 @@ from hwmodels.calibrate import moved
 from hwmodels.errors import FormatError, PlanError
 from hwmodels.load import BUSY_SHARE
 from hwmodels.machine import fingerprint
+from hwmodels.pace import MARKED_SHARE, SLOW, Pace
 from hwmodels.pool import pooled
 from hwmodels.profile import Curve, HardwareProfile
 from hwmodels.provenance import versions
@@ -227,11 +228,18 @@ def _check_budget(spec: ModelSpec, job: Job) -> None:
 
 
 def _load_notes(rows: Sequence[Row]) -> list[str]:
-    """A sentence where others kept the machine busy, since the numbers are noisy then."""
+    """Sentences where others kept the machine busy, seen or not, since the numbers are noisy then."""
     loads = [load for row in rows if isinstance(load := row.get("others_load"), float)]
-    if not loads or max(loads) <= BUSY_SHARE:
-        return []
-    return [f"Other processes took up to {max(loads):.0%} of the machine during the runs: the numbers are noisy."]
+    loops_s = [s for row in rows if isinstance(found := row.get("loops_s"), list) for s in found]
+    notes = []
+    if loads and max(loads) > BUSY_SHARE:
+        notes.append(f"Other processes took up to {max(loads):.0%} of the machine during the runs: noisy numbers.")
+    if loops_s and (pace := Pace.of(loops_s)).slow_share >= MARKED_SHARE:
+        notes.append(
+            f"Before and after the runs a fixed loop took {SLOW:g} times its best or longer {pace.slow_share:.0%} of "
+            "the time: something shares the cores, and the numbers are noisy."
+        )
+    return notes
 
 
 def _plans(
@@ -315,6 +323,7 @@ def _row(spec: ModelSpec, run: Run, profile: HardwareProfile, workload: Workload
         "predicted_vram_bytes": memory(spec, run.plan).vram_bytes,
         "overlap": shown.overlap,
         "others_load": run.median.others_load,
+        "loops_s": [s for r in run.runs for s in r.loops_s],
         "tokens": list(run.median.tokens),
     }
 

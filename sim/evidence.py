@@ -39,6 +39,7 @@ class Case:
                       where the system does not tell
     others_load       share of all cores that other processes took, the worst of its runs
     tokens            what it generated
+    slowed            share of hwmodels.pace's loops before and after its runs that were slow, on any core
     """
 
     plan: Plan
@@ -47,6 +48,7 @@ class Case:
     loaded_bytes: int | None
     others_load: float | None
     tokens: tuple[int, ...]
+    slowed: float | None = None
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ def _case(evidence: Evidence, case: Case, steps: pd.DataFrame) -> dict[str, obje
         "loaded_bytes": case.loaded_bytes,
         "predicted_loaded_bytes": need.ends + need.rest + need.gg + need.slots + need.host_weights,
         "others_load": case.others_load,
+        "slowed": case.slowed,
     }
 
 

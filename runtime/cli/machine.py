@@ -9,6 +9,7 @@ from hwmodels.catalog import hardware as find_hardware
 from hwmodels.catalog import names as hardware_names
 from hwmodels.errors import FormatError
 from hwmodels.machine import Finding, Machine, findings, read_machine
+from hwmodels.pace import pace_findings, watch
 from hwmodels.pool import pooled
 from hwmodels.profile import HardwareProfile
 from hwmodels.units import format_bytes
@@ -21,6 +22,8 @@ from runtime.cli.model_rows import part_rows, shape_rows
 from runtime.cli.table import Row, key
 from runtime.resolve import resolve_folder, resolve_model
 from sim.shapes import SOURCES, shapes
+
+_WATCHED_S = 2.0
 
 # -- doctor -------------------------------------------------------------------------------------------
 
@@ -48,7 +51,8 @@ def doctor(flags: Namespace) -> None:
         rows.append(_fact(f"cuda:{index} link", gpu.link))
         rows.append(_fact(f"cuda:{index} driver", gpu.driver or "unknown"))
     rows += [_fact(name, version) for name, version in versions().items()]
-    limits = [_limit(finding) for finding in [*findings(machine), *native.kernel_findings(), *gpu_findings(devices)]]
+    found = [*findings(machine), *pace_findings(watch(_WATCHED_S)), *native.kernel_findings(), *gpu_findings(devices)]
+    limits = [_limit(finding) for finding in found]
     if flags.output != "md":
         emit(flags, [*rows, *limits], ())
         return
