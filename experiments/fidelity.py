@@ -8,10 +8,10 @@
 Two small checkpoints (a Mixtral and a Llama of random weights, each many times larger than the caches) run on this
 machine by many plans: every policy, the best that the search finds and some drawn at random, in three cells of
 workload and device memory. Profiles are calibrated on other steps than those that run. All plans take turns, six
-times, with models loaded anew; what the last three times differ from the first three is the noise. The machine is
-calibrated before, between and after, and what is simulated rests on the mean of these: the speed of a shared machine
-changes within seconds, and one calibration would tell of one minute. What was predicted before anything ran rests on
-the first calibration alone, and stands beside it.
+times, with models loaded anew; what the last three times differ from the first three is the noise. The speed of a
+shared machine changes within seconds, and one calibration would tell of one minute: so a second one takes turns with
+the runs, and what is simulated rests on it. What was predicted before anything ran rests on the first, and stands
+beside it.
 
 One should see step errors of a few per cent, hardly above the noise, and that the plan predicted best is among
 the best measured. On a machine without a GPU the device is emulated, and the rows say so.
@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.record import RESULTS, record
 from hwmodels.catalog import cache_folder
-from runtime.calibrate import FULL, QUICK, SMOKE, Extent, calibrate
+from runtime.calibrate import ALONGSIDE, QUICK, SMOKE, Extent, calibrate, calibrating
 from runtime.demo_models import write_demo_models
 from runtime.fidelity import Protocol, run_protocol
 from sim.evidence import Evidence, load_evidence
@@ -52,13 +52,15 @@ TINY_PROTOCOL = Protocol(
 )
 
 
-def measure(names: Sequence[str], device: str, extent: Extent) -> dict[str, Evidence]:
+def measure(names: Sequence[str], device: str) -> dict[str, Evidence]:
     """The protocol with each demonstration model."""
     folders = write_demo_models(cache_folder() / "demo")
-    return {
-        name: run_protocol(folders[name], partial(calibrate, folders[name], device, extent=extent), PROTOCOL, device)
-        for name in names
-    }
+    return {name: _run(folders[name], device, PROTOCOL, QUICK, ALONGSIDE) for name in names}
+
+
+def _run(folder: Path, device: str, protocol: Protocol, first: Extent, beside: Extent) -> Evidence:
+    profile = calibrate(folder, device, extent=first)
+    return run_protocol(folder, profile, partial(calibrating, folder, device=device, extent=beside), protocol, device)
 
 
 def measure_tiny(device: str) -> dict[str, Evidence]:
@@ -69,8 +71,7 @@ def measure_tiny(device: str) -> dict[str, Evidence]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "tiny"
         LlamaForCausalLM(config).save_pretrained(folder)
-        again = partial(calibrate, folder, device, extent=SMOKE)
-        return {"tiny": run_protocol(folder, again, TINY_PROTOCOL, device)}
+        return {"tiny": _run(folder, device, TINY_PROTOCOL, SMOKE, SMOKE)}
 
 
 # -- what is printed and kept -------------------------------------------------------------------------
@@ -121,14 +122,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--replay", action="store_true", help="measure nothing, replay what is in the folder")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which models to measure")
     parser.add_argument("--device", default="auto", help="auto, cuda:0 or emulated (default auto)")
-    parser.add_argument("--full", action="store_true", help="calibrate for six minutes, not one, seven times a model")
     parser.add_argument("--out", type=Path, help="folder to write to (default results/fidelity, none if --smoke)")
     flags = parser.parse_args(argv)
     out = flags.out or (None if flags.smoke else RESULTS / "fidelity")
     evidence: dict[str, Evidence] = {}
     if not flags.replay:
-        extent = FULL if flags.full else QUICK
-        evidence = measure_tiny(flags.device) if flags.smoke else measure(flags.models, flags.device, extent)
+        evidence = measure_tiny(flags.device) if flags.smoke else measure(flags.models, flags.device)
     if out is not None:
         for name, own in evidence.items():
             own.save(out / name)

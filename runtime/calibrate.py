@@ -35,6 +35,7 @@ from hwmodels.pool import pooled_part
 from hwmodels.profile import RESOURCES, Curve, HardwareProfile, Resource
 from runtime import native
 from runtime.adapter import Adapter
+from runtime.alongside import Alongside
 from runtime.checkpoint import read_config
 from runtime.coldstart import WAITING, measure_cold
 from runtime.devices import device_name, open_device
@@ -86,6 +87,8 @@ class Extent:
 _FEW = (*range(1, FEW_ROWS + 2), 12, 16, 24, 32)
 QUICK = Extent((*_FEW, 64, 128, 256), (0, 256), 3, 20, 42.0, 0.08, False)
 FULL = Extent((*_FEW, 48, 64, 96, 128, 192, 256, 512), (0, 128, 512, 2048), 3, 60, 60.0, 0.25, True, 3)
+ALONGSIDE = replace(QUICK, least=12, most=1000, seconds=240.0)
+"""For a calibration beside some minutes of runs."""
 SMOKE = Extent((1, 4, 16), (0,), 1, 1, 1.0, 0.01, False)
 """Enough to see that everything works, too little to plan by."""
 
@@ -158,21 +161,42 @@ def calibrate(
     stands in the profile's notes. Interrupted, it goes on where it was if called again within an hour. Raises
     ModelError for a config that is not supported, PlanError for a device that is not here.
     """
+    job = _job(folder, device, cpu_threads, dtype, extent or (QUICK if quick else FULL))
+    kept = KeptParts.of(measurement_key(job.spec, job.device, cpu_threads, job.extent))
+    parts = _measure(job, kept, f"calibrate for {job.spec.name}", progress)
+    kept.clear()
+    return _profile(job, parts)
+
+
+@contextmanager
+def calibrating(
+    folder: Path, n_turns: int, device: str = "auto", cpu_threads: int | None = None, extent: Extent | None = None
+) -> Iterator[Alongside]:
+    """A calibration that measures a little at each of n_turns turns, and so the same minutes as what runs in between.
+
+    Raises what calibrate does.
+    """
+    job = _job(folder, device, cpu_threads, "auto", extent or ALONGSIDE)
+    with ExitStack() as stack:
+        rig = _Rig(job, stack)
+        yield Alongside(_turns(rig), n_turns, partial(_profile, job))
+
+
+def _job(folder: Path | None, device: str, cpu_threads: int | None, dtype: str, extent: Extent) -> _Job:
     config = dict(read_config(folder)) if folder is not None else dict(DEFAULT_CONFIG)
     config |= {"dtype": dtype} if dtype != "auto" else {}
     name = folder.name if folder is not None else "default-shape"
     spec, device = Adapter.of(config, name).spec, device_name(device)
-    extent = _within(extent or (QUICK if quick else FULL), spec)
-    job = _Job(spec, config, device, device_bytes(device), cpu_threads, extent)
-    kept = KeptParts.of(measurement_key(spec, device, cpu_threads, extent))
-    parts = _measure(job, kept, f"calibrate for {name}", progress)
-    kept.clear()
+    return _Job(spec, config, device, device_bytes(device), cpu_threads, _within(extent, spec))
+
+
+def _profile(job: _Job, parts: Mapping[str, Part]) -> HardwareProfile:
     curves = merged(c for part in parts.values() for c in part.curves)
     return HardwareProfile(
-        name=f"{device.partition(':')[0]}-{name}",
-        device="emulated" if device == "emulated" else "cuda",
+        name=f"{job.device.partition(':')[0]}-{job.spec.name}",
+        device="emulated" if job.device == "emulated" else "cuda",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        fingerprint={**fingerprint(), **_software(device), "others_load": _percent(parts)},
+        fingerprint={**fingerprint(), **_software(job.device), "others_load": _percent(parts)},
         vram_bytes=job.device_bytes,
         host_bytes=host_bytes(),
         cpu_threads=_threads(parts["rest on the CPU"].curves),
@@ -200,23 +224,32 @@ _Measure = Callable[[_Rig, Effort], Measuring]
 
 def _measure(job: _Job, kept: KeptParts, title: str, progress: bool) -> dict[str, Part]:
     """All parts by name, the mean over all passes; those that are kept already are not measured again."""
-    plan = {name: how for name, how in _PARTS.items() if job.extent.variants or name != "variants"}
+    plan = _plan(job)
     passes = [{name: f"{name} {number}" for name in plan} for number in range(1, job.extent.passes + 1)]
     found = {key: part for keys in passes for key in keys.values() if (part := kept.load(key)) is not None}
-    whole = sum(share for share, _ in plan.values())
     with progress_bar(title, progress) as bar:
         if found:
             tell(bar, f"going on: {len(found)} of {len(passes) * len(plan)} parts were measured within the last hour")
         glance(bar)
         for keys in passes:
             with ExitStack() as stack:
-                rig = _Rig(job, stack)
-                runs = {
-                    keys[name]: Turn(share / whole, partial(measure, rig, job.extent.effort(share / whole)))
-                    for name, (share, measure) in plan.items()
-                }
+                runs = {keys[name]: turn for name, turn in _turns(_Rig(job, stack)).items()}
                 take_turns(runs, found, kept, bar, 100 / len(passes))
     return {name: pooled_part([found[keys[name]] for keys in passes]) for name in plan}
+
+
+def _plan(job: _Job) -> dict[str, tuple[float, _Measure]]:
+    return {name: how for name, how in _PARTS.items() if job.extent.variants or name != "variants"}
+
+
+def _turns(rig: _Rig) -> dict[str, Turn]:
+    """A turn for every part, with its share of the time."""
+    plan = _plan(rig.job)
+    whole = sum(share for share, _ in plan.values())
+    return {
+        name: Turn(share / whole, partial(measure, rig, rig.job.extent.effort(share / whole)))
+        for name, (share, measure) in plan.items()
+    }
 
 
 def _yardstick(rig: _Rig, effort: Effort) -> Measuring:

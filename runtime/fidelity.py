@@ -1,10 +1,11 @@
 """The validation protocol: many plans of one model run for real, so that the simulator can be judged by them.
 
 choose    every policy's plan, the fastest by prediction and some drawn ones, for several workloads and budgets
-calibrate before the first visit and after every one; simulation is judged by their mean, so that
-          both they and the runs stand for the same stretch of time. Plans are chosen by the first
+calibrate before anything runs, to choose and predict
 run       with one prompt per workload and greedy tokens; plans take turns, as many at once as host memory holds,
           and the whole round is visited several times, each time with models loaded anew
+beside    a second calibration takes turns with the runs, a round or so after each: simulation is judged by it, so
+          that it and the runs stand for the same minutes of the machine
 keep      wall times of all steps, the median run's tasks and routing, memory (sim.evidence)
 
 Calibration measures other cases: a prompt of a length that it measured is refused.
@@ -16,7 +17,7 @@ import random
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,8 @@ from tqdm import tqdm
 
 from hwmodels.errors import FormatError
 from hwmodels.pace import SLOW
-from hwmodels.pool import pooled
 from hwmodels.profile import HardwareProfile
+from runtime.alongside import Alongside
 from runtime.budget import fixed_bytes
 from runtime.checkpoint import read_config
 from runtime.measure import Measured, measure, median_run
@@ -104,7 +105,8 @@ class _Log:
 
 def run_protocol(
     folder: Path,
-    calibrate: Callable[[], HardwareProfile],
+    profile: HardwareProfile,
+    calibrating: Callable[[int], AbstractContextManager[Alongside]],
     protocol: Protocol,
     device: str = "auto",
     cpu_threads: int | None = None,
@@ -112,22 +114,26 @@ def run_protocol(
 ) -> Evidence:
     """Choose plans for a checkpoint, run them, and bring back what was measured.
 
-    calibrate is called before the first visit and after each. Raises FormatError for a workload that was calibrated,
-    PlanError if no plan fits, ExecutionError if one fails.
+    profile is what is known before; calibrating begins the calibration beside so many runs. Raises FormatError for a
+    workload that was calibrated, PlanError if no plan fits, ExecutionError if one fails.
     """
-    profiles = [calibrate()]
-    check_held_out(profiles[0], [workload for workload, _ in protocol.cells])
+    check_held_out(profile, [workload for workload, _ in protocol.cells])
     spec = load_model(folder)
-    logs = [_Log(candidate) for candidate in choose(spec, profiles[0], protocol)]
+    logs = [_Log(candidate) for candidate in choose(spec, profile, protocol)]
     load = partial(load_planned, folder, device=device, cpu_threads=cpu_threads)
     total = len(logs) * protocol.visits * protocol.repetitions
-    with tqdm(total=total, desc=f"run {spec.name}", unit="run", disable=not progress, leave=False) as bar:
+    told = tqdm(total=total, desc=f"run {spec.name}", unit="run", disable=not progress, leave=False)
+    with told as bar, calibrating(total) as beside:
+
+        def ran() -> None:
+            bar.update()
+            beside.turn()
+
         for visit in range(protocol.visits):
             for group in _groups(spec, logs, protocol.at_once_bytes):
-                _visit(group, visit, protocol, load, bar.update)
-            profiles.append(calibrate())
-            pooled(profiles)  # what cannot be pooled is told now, not after the last visit
-    return _evidence(folder, spec, pooled(profiles), logs)
+                _visit(group, visit, protocol, load, ran)
+        found = beside.profile()
+    return _evidence(folder, spec, found, logs)
 
 
 def _groups(spec: ModelSpec, logs: Sequence[_Log], at_once_bytes: int) -> Iterator[list[_Log]]:

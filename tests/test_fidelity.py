@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from hwmodels.errors import FormatError
 from hwmodels.profile import HardwareProfile
+from runtime.alongside import Alongside
 from runtime.calibrate import SMOKE, calibrate
 from runtime.fidelity import Protocol, check_held_out, choose, prompt, run_protocol
 from sim.anatomy import anatomy, shares
@@ -329,16 +332,34 @@ def tiny_profile(tiny_checkpoint: TinyCheckpoint) -> HardwareProfile:
     return calibrate(tiny_checkpoint("mixtral"), "emulated", progress=False, extent=SMOKE)
 
 
+class Beside(Alongside):
+    """A calibration that measures nothing."""
+
+    def __init__(self, n_turns: int, profile: HardwareProfile) -> None:
+        self.n_left, self.known = n_turns, profile
+
+    def turn(self) -> None:
+        self.n_left -= 1
+
+    def profile(self) -> HardwareProfile:
+        return self.known
+
+
 @pytest.mark.slow
 def test_the_protocol_runs_every_plan_twice_and_replays(tiny_checkpoint: TinyCheckpoint, tiny_profile: HardwareProfile):
-    slow, fast = (tiny_profile.with_(handoff_s=dict.fromkeys(tiny_profile.handoff_s, s)) for s in (4e-3, 1e-3))
-    calibrations = iter((slow, fast, fast))
+    beside = tiny_profile.with_(handoff_s=dict.fromkeys(tiny_profile.handoff_s, 1e-3))
+    asked: list[Beside] = []
+
+    @contextmanager
+    def calibrating(n_turns: int) -> Iterator[Beside]:
+        asked.append(Beside(n_turns, beside))
+        yield asked[-1]
+
     folder = tiny_checkpoint("mixtral")
-    found = run_protocol(folder, calibrations.__next__, TWO_CELLS, "emulated", progress=False)
-    assert next(calibrations, None) is None, "calibrated before the first visit and after each"
-    assert set(found.profile.handoff_s.values()) == {1e-3}, (
-        "judged by all of them: the mean without the slowest and a fast one"
-    )
+    found = run_protocol(folder, tiny_profile, calibrating, TWO_CELLS, "emulated", progress=False)
+    assert [calibration.n_left for calibration in asked] == [0], "a turn after every run"
+    assert set(found.profile.handoff_s.values()) == {1e-3}, "judged by the calibration beside the runs"
+    assert all(case.slowed is not None for case in found.cases)
     assert set(found.runs.groupby("plan_id")["visit"].nunique()) == {2}
     assert len({case.tokens for case in found.cases if case.workload.n_gen == 3}) == 1, "one stream of tokens"
     tables = replay(found)
