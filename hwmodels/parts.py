@@ -22,8 +22,8 @@ _FOLDER = Path(__file__).parent / "figures"
 _GIB = 2**30
 _CONTEXT_BYTES = 600 * 2**20  # what a CUDA context and its libraries take before the first tensor
 _SYSTEM_BYTES = 4 * _GIB  # what the operating system and a Python process take
-_GEMM_SHARE = 0.6  # of cores x clock x FLOP per cycle that a tuned library reaches
-_GPU_EFFICIENCY = 0.8  # of nominal bandwidth; aiconfigurator uses the same
+GEMM_SHARE = 0.6  # of cores x clock x FLOP per cycle that a tuned library reaches
+GPU_EFFICIENCY = 0.8  # of nominal bandwidth; aiconfigurator uses the same
 _DRAM_SHARE = 0.9  # of STREAM that CPU and link reach together where no pair was measured
 _FIXED_S = {"CPU": 10e-6, "GPU": 30e-6, "H2D": 10e-6, "D2H": 10e-6}
 _HANDOFF_S = {"GPU>D2H": 5e-6, "D2H>CPU": 20e-6, "CPU>H2D": 15e-6, "H2D>GPU": 5e-6, "GPU>H2D": 5e-6, "GPU>CPU": 20e-6}
@@ -187,14 +187,14 @@ def _gpu_peak(gpu: Gpu) -> Peak:
     rates = {"float16": gpu.float16_tflops, "bfloat16": gpu.bfloat16_tflops, "float32": gpu.float32_tflops}
     sources = {dtype: rate[1] for dtype, rate in rates.items()} | {"bytes_per_s": gpu.memory_GBps[1]}
     flops_per_s = {dtype: rate[0] * 1e12 for dtype, rate in rates.items()}
-    return Peak(flops_per_s, gpu.memory_GBps[0] * 1e9, _GPU_EFFICIENCY, _FIXED_S["GPU"], "estimated", sources)
+    return Peak(flops_per_s, gpu.memory_GBps[0] * 1e9, GPU_EFFICIENCY, _FIXED_S["GPU"], "estimated", sources)
 
 
 def _cpu_peak(host: Host) -> Peak:
     """Rates that, times the one efficiency, give the GEMV bandwidth and a tuned library's GEMM."""
     dram, (share, source) = host.memory_GBps, host.gemv_share
     nominal = host.cores * host.clock_GHz[0] * 1e9 * host.float32_flop_per_cycle[0]
-    float32 = nominal * _GEMM_SHARE / share
+    float32 = nominal * GEMM_SHARE / share
     half = float32 * host.bfloat16_speedup[0]
     flops_per_s = {"float32": float32, "bfloat16": half, "float16": float32 * min(1.0, host.bfloat16_speedup[0])}
     sources: dict[str, Source] = {"bytes_per_s": dram[1], "efficiency": source, "bfloat16": host.bfloat16_speedup[1]}
