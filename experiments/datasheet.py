@@ -36,17 +36,23 @@ from sim.workload import Workload
 BAR = 0.25
 """Error of a data sheet's prediction that is still called right."""
 _CLOCK_GHZ = 4.1  # all-core boost of the 96- and 128-core parts
-_FLOP_PER_CYCLE = 64.0  # two FMAs of 16 numbers: Zen 5 has both at 512 bits in servers, and the kernel uses them
-_CORE_GBPS = 32.0  # a die's fabric link reads 32 bytes per cycle at 2 GHz; two cores of one die share it
+# Zen 5 has two FMAs of 16 numbers in servers, which the kernel uses for MLPs; MKL, which torch calls for all else, takes
+# its 256-bit path on AMD. Of the FLOPs of a layer with as many heads for keys as for queries, 3 x 5632 of 3 x 5632 +
+# 4 x 2048 are the MLP's.
+_MLP_SHARE = 3 * 5632 / (3 * 5632 + 4 * 2048)
+_FLOP_PER_CYCLE = 1 / (_MLP_SHARE / 64 + (1 - _MLP_SHARE) / 32)
+# A die's fabric link reads 32 bytes per cycle at 2 GHz; two cores of one die share it. Streams reach 360 of 461 GB/s
+# nominal on an EPYC of the generation before (likwid, published).
+_CORE_GBPS = 32.0 * 360 / 461
 # A core reaches a core's share of its peak, not a GPU's, which composing a profile takes for granted.
 _DEVICE_TFLOPS = _CLOCK_GHZ * _FLOP_PER_CYCLE / 1e3 * GEMM_SHARE / GPU_EFFICIENCY
 HOST = Host(
     name="one core of an AMD EPYC 9005 (Zen 5)",
     cores=1,
     clock_GHz=(_CLOCK_GHZ, "datasheet"),
-    float32_flop_per_cycle=(_FLOP_PER_CYCLE, "datasheet"),
+    float32_flop_per_cycle=(_FLOP_PER_CYCLE, "estimated"),
     bfloat16_speedup=(2.0, "estimated"),
-    memory_GBps=(_CORE_GBPS, "datasheet"),
+    memory_GBps=(_CORE_GBPS, "estimated"),
     gemv_share=(0.8, "estimated"),
     ram_GiB=(24.0, "datasheet"),
     pcie="emulated",
@@ -54,7 +60,7 @@ HOST = Host(
 CORE_AS_GPU = Gpu(
     name="another core as the emulated device",
     vram_GiB=(12.0, "datasheet"),
-    memory_GBps=(_CORE_GBPS, "datasheet"),
+    memory_GBps=(_CORE_GBPS, "estimated"),
     float16_tflops=(_DEVICE_TFLOPS, "estimated"),
     bfloat16_tflops=(_DEVICE_TFLOPS, "estimated"),
     float32_tflops=(_DEVICE_TFLOPS, "estimated"),
