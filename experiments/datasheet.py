@@ -37,8 +37,8 @@ BAR = 0.25
 """Error of a data sheet's prediction that is still called right."""
 _CLOCK_GHZ = 4.1  # all-core boost of the 96- and 128-core parts
 # Zen 5 has two FMAs of 16 numbers in servers, which the kernel uses for MLPs; MKL, which torch calls for all else,
-# takes its 256-bit path on AMD. Of the FLOPs of a layer with as many heads for keys as for queries, 3 x 5632 of 3 x 5632 +
-# 4 x 2048 are the MLP's.
+# takes its 256-bit path on AMD. Of a layer's FLOPs, with as many heads for keys as for queries, 3 x 5632 of
+# 3 x 5632 + 4 x 2048 are the MLP's.
 _MLP_SHARE = 3 * 5632 / (3 * 5632 + 4 * 2048)
 _FLOP_PER_CYCLE = 1 / (_MLP_SHARE / 64 + (1 - _MLP_SHARE) / 32)
 # A die's fabric link reads 32 bytes per cycle at 2 GHz; two cores of one die share it. Streams reach 360 of 461 GB/s
