@@ -42,6 +42,14 @@ class LayerRun(NamedTuple):
     end_ns: int
 
 
+class LayerRuns(NamedTuple):
+    """Layers of a step that one call computed, one after the other from a time on the host clock."""
+
+    step: Step
+    since_ns: int
+    runs: Sequence[LayerRun]
+
+
 @dataclass
 class _StepState:
     """The step in progress: what was compiled, when the calling thread's tasks began and ended."""
@@ -52,17 +60,19 @@ class _StepState:
     open_task: Task | None = None
     sample: Task | None = None
     since: Mark = 0
+    layers: LayerRuns | None = None
 
 
 @dataclass
 class _Recording:
     """Everything recorded since a run began; sample is open since a time on the host clock.
 
-    cached is what the expert cache held then.
+    cached is what the expert cache held then. Spans of layers are made when somebody asks for the timeline.
     """
 
     cached: tuple[Key, ...] | None = None
     times: list[tuple[Task, int, int]] = field(default_factory=list)
+    layers: list[LayerRuns] = field(default_factory=list)
     routing: dict[tuple[str, int], Routing] = field(default_factory=dict)
     n_prompt: int = 0
     n_decode: int = 0
@@ -87,6 +97,7 @@ class Executor:
         self._recording = self._fresh()
         self._step: _StepState | None = None
         self._in_run, self._closed = False, False
+        self._all_on_cpu = all(layer.rest == "CPU" for layer in plan.layers)
         self.knows_attention = False
         """Whether the native kernel computes prompts in all of the model's attention modules."""
 
@@ -103,6 +114,7 @@ class Executor:
         self._in_run = False
         if self._step is None:
             self._close_sample(self.device.mark(self.plan.ends))
+        self._record_layers()
         spans = _spans(self._recording.times)
         trace = RoutingTrace(dict(self._recording.routing), self._recording.cached)
         return Timeline("measured", spans, info), trace
@@ -204,6 +216,22 @@ class Executor:
         self.device.finished(cc, run.mlp_ns, run.end_ns)
         step.open_task, step.since = None, run.end_ns
 
+    def computes_layers(self) -> bool:
+        """Whether the kernel may compute all layers in one call in the step in progress."""
+        return self._all_on_cpu and self.computes_layer(0)
+
+    def run_layers(self, compute: Callable[[], Sequence[LayerRun]], n_done: Callable[[], int]) -> None:
+        """All layers, which one call computes, in place of entering and running each; n_done of them if it fails."""
+        step = self._current()
+        self._close()
+        since = self.device.resolve(step.since)
+        try:
+            runs = compute()
+        except ExecutionError as error:
+            (attn,) = step.compiler.attention(n_done())
+            raise ExecutionError(f"task {attn.id} failed on CPU: {error}") from error
+        step.layers, step.since = LayerRuns(step.compiler.step, since, runs), runs[-1].end_ns
+
     def enter_head(self, hidden: Tensor) -> Tensor:
         """The layers have ended; their output, carried to where the head lives."""
         step = self._current()
@@ -221,6 +249,8 @@ class Executor:
             self._record(ticket.task, ticket.start_ns, ticket.end_ns)
         for task, start, end in step.caller_tasks:
             self._record(task, self.device.resolve(start), self.device.resolve(end))
+        if step.layers is not None:
+            self._recording.layers.append(step.layers)
         assert step.sample is not None, "the head was entered"
         self._recording.sample = (step.sample, self.device.resolve(step.since))
         self._step = None
@@ -286,6 +316,17 @@ class Executor:
 
     def _record(self, task: Task, start_ns: int, end_ns: int) -> None:
         self._recording.times.append((task, start_ns, end_ns))  # spans are made once the run has ended
+
+    def _record_layers(self) -> None:
+        for step, since_ns, runs in self._recording.layers:
+            compiler = StepCompiler(self.spec, self.plan, step, self.cache)
+            for i, run in enumerate(runs):
+                self._recording.routing[step.name, i] = run.counts
+                (attn,), (cc,) = compiler.attention(i), compiler.mlp(i, run.counts)
+                self._record(attn, since_ns, run.mlp_ns)
+                self._record(cc, run.mlp_ns, run.end_ns)
+                since_ns = run.end_ns
+        self._recording.layers.clear()
 
     def _move(self, moves: Sequence[Task], hidden: Tensor) -> Tensor:
         for task in moves:

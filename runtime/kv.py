@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,26 +13,73 @@ from transformers.cache_utils import DynamicLayer
 _LEAST_ROOM = 64
 
 
-@dataclass
-class _Room:
+@dataclass(eq=False)
+class Room:
     """Buffers [B, K, T, D] of keys and values, and how many of the T tokens have been written.
 
-    Copies of a layer share them; whichever writes first goes on in them, the others move.
+    Copies of a layer share them; whichever writes first goes on in them, the others move. words are what the native
+    kernel is told of them: addresses, then strides in elements of sequence, head and token of keys and of values.
     """
 
     keys: Tensor
     values: Tensor
     n_written: int
+    words: tuple[int, ...] = field(init=False)
+    _n_room: int = field(init=False)
+    _is_inference: bool = field(init=False)
+    _sizes: tuple[object, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        keys, values = self.keys, self.values
+        self.words = (keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], *values.stride()[:3])
+        self._n_room, self._is_inference = keys.shape[-2], keys.is_inference()
+        even = keys.shape == values.shape and keys.dtype == values.dtype
+        self._sizes = (*keys.shape[:2], keys.shape[3], keys.dtype) if even else ()
+
+    def takes(self, n_tokens: int) -> bool:
+        """Whether there is room for so many, that may be written now."""
+        return n_tokens <= self._n_room and (not self._is_inference or torch.is_inference_mode_enabled())
+
+    def holds(self, sizes: tuple[object, ...]) -> bool:
+        """Whether keys and values are of so many sequences and heads, of this width and dtype."""
+        return self._sizes == sizes
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer of a DynamicCache whose keys and values are the beginnings of larger buffers.
 
     A new token is written behind them. Where something else has put other tensors in their place (a beam, a batch
-    that was repeated), the next update copies those, as DynamicLayer always does.
+    that was repeated), the next update copies those, as DynamicLayer always does. Views of the buffers are made when
+    keys and values are asked for: the kernel needs none.
     """
 
-    _room: _Room | None = None
+    _room: Room | None = None
+    _n_unseen: int = 0
+    """Tokens held, where no view of them has been made; else 0."""
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[B, K, T, D] of the tokens held."""
+        return self._seen("keys")
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        """Others in their place."""
+        self._put("keys", keys)
+
+    @property
+    def values(self) -> Tensor | None:
+        """[B, K, T, D] of the tokens held."""
+        return self._seen("values")
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        """Others in their place."""
+        self._put("values", values)
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self._n_unseen or int(super().get_seq_length())
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append [B, K, S, D] each; all keys and values."""
@@ -45,25 +92,46 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         for buffer, new in ((room.keys, key_states), (room.values, value_states)):
             buffer[:, :, n_past : n_past + n_new] = new
         self.written(n_new)
-        assert self.keys is not None, "written"
-        assert self.values is not None, "written"
-        return self.keys, self.values
+        keys, values = self.keys, self.values
+        assert keys is not None, "written"
+        assert values is not None, "written"
+        return keys, values
 
-    def room(self, n_new: int) -> tuple[Tensor, Tensor]:
-        """Buffers [B, K, T, D] of keys and values with room for n_new tokens behind those held, which are some."""
-        assert self.keys is not None, "holds tokens"
-        assert self.values is not None, "holds tokens"
-        room = self._room_for(self.keys, self.values, n_new)
-        return room.keys, room.values
+    def room(self, sizes: tuple[object, ...]) -> Room | None:
+        """Room for a token behind those held; None if none are, or not of sizes (see Room.holds)."""
+        room = self._room
+        if (
+            self._n_unseen == 0
+            or room is None
+            or room.n_written != self._n_unseen
+            or not room.takes(self._n_unseen + 1)
+        ):
+            keys, values = (self.keys, self.values) if self.is_initialized else (None, None)
+            if keys is None or values is None or keys.shape != values.shape or keys.dim() != 4 or keys.shape[2] == 0:
+                return None
+            room = self._room_for(keys, values, 1)
+        return room if room.holds(sizes) else None
 
     def written(self, n_new: int) -> None:
         """As many tokens have been written behind those held."""
         room = self._room
         assert room is not None, "has given room"
-        room.n_written = self.get_seq_length() + n_new
-        self.keys, self.values = (buffer[:, :, : room.n_written] for buffer in (room.keys, room.values))
+        room.n_written = self._n_unseen = self.get_seq_length() + n_new
 
-    def _room_for(self, key_states: Tensor, value_states: Tensor, n_new: int) -> _Room:
+    def _seen(self, name: str) -> Tensor | None:
+        held = self.__dict__
+        if n := self._n_unseen:
+            room = self._room
+            assert room is not None, "has given room"
+            held["keys"], held["values"], self._n_unseen = room.keys[:, :, :n], room.values[:, :, :n], 0
+        found: Tensor | None = held.get(name)
+        return found
+
+    def _put(self, name: str, value: Tensor | None) -> None:
+        self._seen(name)
+        self.__dict__[name] = value
+
+    def _room_for(self, key_states: Tensor, value_states: Tensor, n_new: int) -> Room:
         n_past = self.get_seq_length()
         if self._room is None or not self._fits(key_states, n_past + n_new):
             self._room = self._moved(key_states, value_states, n_past, n_past + n_new)
@@ -71,16 +139,14 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _fits(self, key_states: Tensor, n_tokens: int) -> bool:
         """Whether keys and values are what was written last, with room behind them."""
-        room = self._room
-        if room is None or self.keys is None or self.values is None or self.keys.dim() != key_states.dim():
+        room, keys, values = self._room, self.keys, self.values
+        if room is None or keys is None or values is None or keys.dim() != key_states.dim():
             return False
-        if room.keys.is_inference() and not torch.is_inference_mode_enabled():
-            return False  # nothing may be written there now
-        there = ((room.keys, self.keys), (room.values, self.values))
+        there = ((room.keys, keys), (room.values, values))
         same = all(b.data_ptr() == t.data_ptr() and b.stride() == t.stride() for b, t in there)
-        return same and self.get_seq_length() == room.n_written and n_tokens <= room.keys.shape[-2]
+        return same and self.get_seq_length() == room.n_written and room.takes(n_tokens)
 
-    def _moved(self, key_states: Tensor, value_states: Tensor, n_past: int, n_tokens: int) -> _Room:
+    def _moved(self, key_states: Tensor, value_states: Tensor, n_past: int, n_tokens: int) -> Room:
         n_room = n_tokens + max(_LEAST_ROOM, n_tokens // 8)
         buffers: list[Tensor] = []
         for held, new in ((self.keys, key_states), (self.values, value_states)):
@@ -88,7 +154,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             if n_past and held is not None:
                 buffer[:, :, :n_past] = held
             buffers.append(buffer)
-        return _Room(buffers[0], buffers[1], n_past)
+        return Room(buffers[0], buffers[1], n_past)
 
 
 def grow_in_place(cache: object) -> None:

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,11 @@ from transformers import DynamicCache, PreTrainedModel
 from runtime import native
 from runtime.executor import Executor, LayerRun
 from runtime.ffn import PartitionedExperts, PartitionedMlp
-from runtime.kv import GrowingLayer
+from runtime.kv import GrowingLayer, Room
 from runtime.native.layer import LayerWords
-from runtime.projection import Projection, untouched
+from runtime.projection import Projection
 from runtime.skeleton import decoder_layers
+from runtime.watch import Fact, Link, Value, Watch
 
 MIXTURES = frozenset(f"{family}SparseMoeBlock" for family in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe"))
 """Mixtures whose router takes the likeliest experts of a softmax."""
@@ -40,34 +41,32 @@ class UnfitError(Exception):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A layer's words for the kernel, and what they were read from: a module is replaced, a weight moved.
-
-    links are (modules of an owner, name, module), values (parameters of a module, name, address), facts (owner, name
-    of an attribute, value).
-    """
+    """A layer's words for the kernel, and what they were read from: a module is replaced, a weight moved."""
 
     words: LayerWords
     dtype: torch.dtype
     counts: array[int]
     table: array[int]
-    links: tuple[tuple[dict[str, Any], str, nn.Module], ...]
-    values: tuple[tuple[dict[str, Any], str, int], ...]
-    facts: tuple[tuple[object, str, object], ...]
+    watch: Watch
+    told: list[tuple[int, ...]]
+    """Words of the keys and values that are written in words: none, or the last."""
 
-    def holds(self) -> bool:
-        """Whether all is as it was read, and nobody listens to a part of it."""
-        for modules, name, module in self.links:
-            if modules.get(name) is not module:
-                return False
-        if any(_address(parameters.get(name)) != address for parameters, name, address in self.values):
-            return False
-        if any(getattr(owner, name, None) != value for owner, name, value in self.facts):
-            return False
-        return untouched(module for _, _, module in self.links)
+    def past_sizes(self, batch: int) -> tuple[object, ...]:
+        """Of the keys and values that the layer goes on from."""
+        return batch, self.words.n_kv_heads, self.words.head_width, self.dtype
 
+    def write_past(self, room: Room) -> None:
+        """The words of keys and values."""
+        words, found = self.words, room.words
+        if self.told and self.told[0] is found:
+            return
+        self.told[:] = [found]
+        words.keys, words.values = found[:2]
+        words.key_strides[:], words.value_strides[:] = found[2:5], found[5:]
 
-def _address(parameter: Tensor | None) -> int:
-    return 0 if parameter is None else parameter.data_ptr()
+    def run(self) -> LayerRun:
+        """What the kernel has told of the layer."""
+        return LayerRun(tuple(self.counts), self.words.times[1], self.words.times[2])
 
 
 class StepLayer(nn.Module):
@@ -80,18 +79,20 @@ class StepLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states [B, S, D] -> [B, S, D]."""
         cache: Any = kwargs.get("past_key_values")
-        if not args and self._is_step(hidden_states, kwargs) and self._past_fits(cache, hidden_states):
-            out = torch.empty_like(hidden_states)
-            tables = kwargs["position_embeddings"]
-            self.executor.run_layer(self.index, partial(self._compute, hidden_states, out, tables, cache))
-            return out
+        if not args and self._is_step(hidden_states, kwargs):
+            room = self._room(cache, hidden_states.shape[0])
+            if room is not None:
+                out = torch.empty_like(hidden_states)
+                tables, past = kwargs["position_embeddings"], cache.layers[self.index]
+                self.executor.run_layer(self.index, partial(self._compute, hidden_states, out, tables, past, room))
+                return out
         found: Tensor = super().forward(hidden_states, *args, **kwargs)
         return found
 
     def _is_step(self, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether this is one new token for each of few sequences, and the kernel's to compute."""
         words, tables = self.prepared.words, kwargs.get("position_embeddings")
-        if kwargs.get("attention_mask") is not None or not isinstance(tables, tuple) or self.training:
+        if kwargs.get("attention_mask") is not None or not isinstance(tables, tuple):
             return False
         if hidden.dim() != 3 or hidden.shape[1] != 1 or not hidden.is_contiguous() or torch.is_grad_enabled():
             return False
@@ -101,37 +102,36 @@ class StepLayer(nn.Module):
             return False
         if not (cos.is_contiguous() and sin.is_contiguous() and hidden.dtype == self.prepared.dtype):
             return False
-        return native.holds(hidden, cos, sin) and self.executor.computes_layer(self.index) and self.prepared.holds()
+        return (
+            native.holds(hidden, cos, sin) and self.executor.computes_layer(self.index) and self.prepared.watch.holds()
+        )
 
-    def _past_fits(self, cache: object, hidden: Tensor) -> bool:
-        """Whether a cache holds tokens of these sequences, and grows in place."""
-        if type(cache) is not DynamicCache or "update" in vars(cache) or cache.offloading:
-            return False
-        if self.index >= len(cache.layers):
-            return False
-        past, words = cache.layers[self.index], self.prepared.words
-        if type(past) is not GrowingLayer or not past.is_initialized or past.keys is None or past.values is None:
-            return False
-        n_past = past.get_seq_length()
-        shape = (hidden.shape[0], words.n_kv_heads, n_past, words.head_width)
-        same = past.keys.shape == shape == past.values.shape
-        return n_past > 0 and same and past.keys.dtype == past.values.dtype == hidden.dtype
+    def _room(self, cache: object, batch: int) -> Room | None:
+        """Room for a token behind those that a cache holds of these sequences; None if it does not grow in place."""
+        if not grows(cache) or self.index >= len(cache.layers):
+            return None
+        past = cache.layers[self.index]
+        return past.room(self.prepared.past_sizes(batch)) if type(past) is GrowingLayer else None
 
-    def _compute(self, hidden: Tensor, out: Tensor, tables: tuple[Tensor, Tensor], cache: DynamicCache) -> LayerRun:
-        kernel, past = native.kernel(), cache.layers[self.index]
+    def _compute(
+        self, hidden: Tensor, out: Tensor, tables: tuple[Tensor, Tensor], past: GrowingLayer, room: Room
+    ) -> LayerRun:
+        kernel = native.kernel()
         assert kernel is not None, "the step is the kernel's"
-        assert isinstance(past, GrowingLayer), "asked before"
         words, (cos, sin) = self.prepared.words, tables
-        keys, values = past.room(1)
         words.rows, words.n_past = hidden.shape[0], past.get_seq_length()
         words.x, words.y = hidden.data_ptr(), out.data_ptr()
         words.cosine, words.sine = cos.data_ptr(), sin.data_ptr()
         words.table_stride = words.head_width if cos.numel() > words.head_width else 0
-        words.keys, words.values = keys.data_ptr(), values.data_ptr()
-        words.key_strides[:], words.value_strides[:] = keys.stride()[:3], values.stride()[:3]
+        self.prepared.write_past(room)
         kernel.layer(words)
         past.written(1)
-        return LayerRun(tuple(self.prepared.counts), words.times[1], words.times[2])
+        return self.prepared.run()
+
+
+def grows(cache: object) -> TypeGuard[DynamicCache]:
+    """Whether a cache is one whose layers on the CPU grow in place."""
+    return type(cache) is DynamicCache and "update" not in vars(cache) and not cache.offloading
 
 
 def use_layers(model: PreTrainedModel, executor: Executor) -> None:
@@ -160,9 +160,9 @@ class _Reader:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.links: list[tuple[dict[str, Any], str, nn.Module]] = []
-        self.values: list[tuple[dict[str, Any], str, int]] = []
-        self.facts: list[tuple[object, str, object]] = []
+        self.links: list[Link] = []
+        self.values: list[Value] = []
+        self.facts: list[Fact] = []
 
     def part(self, owner: nn.Module, name: str, fits: Callable[[nn.Module], bool]) -> nn.Module:
         """A module of another, if it is of the kind asked for."""
@@ -175,7 +175,7 @@ class _Reader:
     def address(self, module: nn.Module, name: str = "weight", shape: tuple[int, ...] | None = None) -> int:
         """Where a parameter lies; 0 if the module has none of that name."""
         value = module._parameters.get(name)
-        self.values.append((module._parameters, name, _address(value)))
+        self.values.append((module._parameters, name, 0 if value is None else value.data_ptr()))
         if value is None and shape is None:
             return 0
         if value is None:
@@ -211,12 +211,13 @@ def prepare(layer: nn.Module, index: int, executor: Executor, kernel: native.Ker
     words.dtype, words.isa, words.act, words.width = code, native.ISAS.index(kernel.isa), act, executor.spec.d_model
     words.input_norm, words.input_eps = reader.norm(layer, "input_layernorm", words.width)
     words.post_norm, words.post_eps = reader.norm(layer, "post_attention_layernorm", words.width)
+    reader.fact(layer, "training")
     _read_attention(words, reader, layer)
     _read_mlp(words, reader, layer, act)
     table = _table(words, executor, index)
     counts = array("q", [0] * words.n_experts)
     words.experts, words.counts = table.buffer_info()[0], counts.buffer_info()[0]
-    return Prepared(words, dtype, counts, table, tuple(reader.links), tuple(reader.values), tuple(reader.facts))
+    return Prepared(words, dtype, counts, table, Watch.of(reader.links, reader.values, reader.facts), [])
 
 
 def _read_attention(words: LayerWords, reader: _Reader, layer: nn.Module) -> None:

@@ -17,6 +17,7 @@ from runtime.executor import Executor
 from runtime.kv import GrowingLayer
 from runtime.layer import StepLayer
 from runtime.projection import FEW_ROWS
+from runtime.span import Span, span_of
 
 _OWN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 _ASKED = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -29,6 +30,8 @@ class StepModel(nn.Module):
     executor: Executor
     config: PreTrainedConfig
     layers: nn.ModuleList
+    span: Span | None
+    """All layers in one call, if their form allows it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
         """input_ids [B, S] -> last_hidden_state [B, S, D]."""
@@ -66,6 +69,12 @@ class StepModel(nn.Module):
             positions = torch.full((1, 1), cache.get_seq_length())
         hidden: Tensor = self.get_submodule("embed_tokens")(ids)
         tables = self.get_submodule("rotary_emb")(hidden, positions)
+        whole = None if self.span is None else self.span.compute(hidden, tables, cache)
+        return self._output(self._by_layers(hidden, positions, cache, tables) if whole is None else whole, cache)
+
+    def _by_layers(
+        self, hidden: Tensor, positions: Tensor, cache: DynamicCache, tables: tuple[Tensor, Tensor]
+    ) -> Tensor:
         for layer in self.layers:
             hidden = layer(
                 hidden,
@@ -75,7 +84,10 @@ class StepModel(nn.Module):
                 use_cache=True,
                 position_embeddings=tables,
             )
-        hidden = self.get_submodule("norm")(hidden)
+        normed: Tensor = self.get_submodule("norm")(hidden)
+        return normed
+
+    def _output(self, hidden: Tensor, cache: DynamicCache) -> ModelOutput:
         kind = MoeModelOutputWithPast if self.executor.spec.family in _MIXTURES else BaseModelOutputWithPast
         return kind(last_hidden_state=hidden, past_key_values=cache)
 
@@ -90,4 +102,4 @@ def use_lean_steps(model: PreTrainedModel, executor: Executor) -> None:
     cls = type(inner)
     inner.__class__ = type(cls.__name__, (StepModel, cls), {"__module__": cls.__module__})
     assert isinstance(inner, StepModel)
-    inner.executor = executor
+    inner.executor, inner.span = executor, span_of(inner, executor)

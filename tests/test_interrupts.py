@@ -74,15 +74,23 @@ def entering(step: str) -> Place:
     """When a step's first layer begins: where one call computes whole layers, their tasks have no bodies."""
 
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        enter, once = Executor.enter_layer, [step]
+        enter, run, once = Executor.enter_layer, Executor.run_layers, [step]
 
-        def interrupted(self: Executor, layer: int, hidden: Tensor) -> Tensor:
-            if self.open_task is not None and self.open_task.step in once:
+        def interrupt(executor: Executor) -> None:
+            if executor.open_task is not None and executor.open_task.step in once:
                 once.clear()
                 ctrl_c()
+
+        def enter_one(self: Executor, layer: int, hidden: Tensor) -> Tensor:
+            interrupt(self)
             return enter(self, layer, hidden)
 
-        monkeypatch.setattr(Executor, "enter_layer", interrupted)
+        def run_all(self: Executor, *how: Any) -> None:
+            interrupt(self)
+            run(self, *how)
+
+        monkeypatch.setattr(Executor, "enter_layer", enter_one)
+        monkeypatch.setattr(Executor, "run_layers", run_all)
 
     return patch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from runtime.executor import Executor
 from runtime.layer import StepLayer
 from runtime.lean import StepModel
 from runtime.native import Kernel
-from runtime.native.layer import LayerWords
+from runtime.native.layer import LayersWords, LayerWords
 from runtime.session import PlannedModel
 from tests.conftest import TinyCheckpoint
 from tests.planned import greedy, left_padded, loaded, on_cpu, spec_of
@@ -35,16 +36,21 @@ N_LAYERS, N_PROMPT, N_GEN = 3, 5, 64
 
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Rows of every layer that the kernel computes whole."""
+    """Rows of every layer that the kernel computes whole, alone or with the others."""
     rows: list[int] = []
-    compute = Kernel.layer
+    compute, compute_all = Kernel.layer, Kernel.layers
 
     def layer(self: Kernel, words: LayerWords) -> None:
         rows.append(words.rows)
         compute(self, words)
 
+    def layers(self: Kernel, words: LayersWords) -> None:
+        rows.extend([words.rows] * words.n_layers)
+        compute_all(self, words)
+
     with monkeypatch.context() as patch:
         patch.setattr(Kernel, "layer", layer)
+        patch.setattr(Kernel, "layers", layers)
         yield rows
 
 
@@ -70,6 +76,7 @@ def cpu_plan(folder: Path, dtype: str = "auto") -> Any:
 
 def by_modules(patch: pytest.MonkeyPatch) -> None:
     """No layer is computed whole."""
+    patch.setattr(Executor, "computes_layers", lambda self: False)
     patch.setattr(Executor, "computes_layer", lambda self, layer: False)
 
 
@@ -276,18 +283,27 @@ def test_a_run_records_the_tasks_and_the_routing_that_modules_do(
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("together", [False, True])
 def test_memory_that_runs_out_is_named_by_the_task_and_the_model_goes_on(
-    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+    together: bool, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: Kernel, words: LayerWords) -> None:
+        raise ExecutionError("native kernel: no memory")
+
+    def fail_in_the_second(self: Kernel, words: LayersWords) -> None:
+        words.n_done = 1
         raise ExecutionError("native kernel: no memory")
 
     folder, ids = tiny_checkpoint("mixtral"), tokens(N_PROMPT)
     with loaded(folder, cpu_plan(folder)) as model:
         expected = greedy(model, ids, 4)
         with monkeypatch.context() as patch:
+            if not together:
+                patch.setattr(Executor, "computes_layers", lambda self: False)
             patch.setattr(Kernel, "layer", fail)
-            with pytest.raises(ExecutionError, match=r"decode1\.L00\.attn failed on CPU: native kernel: no memory"):
+            patch.setattr(Kernel, "layers", fail_in_the_second)
+            task = rf"decode1\.L0{int(together)}\.attn"
+            with pytest.raises(ExecutionError, match=f"{task} failed on CPU: native kernel: no memory"):
                 greedy(model, ids, 4)
         assert greedy(model, ids, 4) == expected
 
@@ -306,6 +322,46 @@ def lean_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(StepModel, "_step", count)
     return rows
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2_moe"])
+def test_layers_in_one_call_have_the_bits_and_the_cache_of_a_call_for_each(
+    family: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @torch.no_grad()
+    def run(model: PreTrainedModel) -> torch.Tensor:
+        cache, found = DynamicCache(config=model.config), []
+        for some in tokens(80, 2).split([N_PROMPT, *[1] * 75], dim=1):  # more than its first buffers hold
+            found.append(model(some, past_key_values=cache, use_cache=True).logits[:, -1:])
+        layers: list[Any] = cache.layers
+        held = [x for layer in layers for x in (layer.keys, layer.values)]
+        assert all(x.shape[2] == 80 for x in held)
+        return torch.cat([x.flatten() for x in (*found, *held)])
+
+    folder = tiny_checkpoint(family)
+    with loaded(folder, cpu_plan(folder)) as model:
+        whole = run(model)
+        monkeypatch.setattr(Executor, "computes_layers", lambda self: False)
+        assert torch.equal(whole, run(model))
+
+
+def test_two_caches_that_take_turns_keep_their_own_keys_and_values(tiny_checkpoint: TinyCheckpoint) -> None:
+    @torch.no_grad()
+    def run(model: PreTrainedModel) -> torch.Tensor:
+        caches, prompts, found = [DynamicCache(), DynamicCache()], [tokens(12, 1, 1), tokens(12, 1, 2)], []
+        for k in range(8):
+            for cache, ids in zip(caches, prompts, strict=True):
+                fed_now = ids[:, :5] if k == 0 else ids[:, 4 + k : 5 + k]
+                listening = model.get_submodule("model.layers.1").register_forward_hook(lambda *_: None)
+                if k % 3:
+                    listening.remove()  # else a call for each layer
+                found.append(model(fed_now, past_key_values=cache, use_cache=True).logits[:, -1])
+                listening.remove()
+        caches.append(copy.deepcopy(caches[0]))
+        found += [model(tokens(1, 1, 3), past_key_values=caches[i], use_cache=True).logits[:, -1] for i in (0, 2, 0, 2)]
+        return torch.cat(found)
+
+    agrees(tiny_checkpoint("llama"), run)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2_moe"])

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from hwmodels.errors import ExecutionError, KernelError
 from hwmodels.machine import Finding, read_machine
-from runtime.native.layer import LayerWords
+from runtime.native.layer import LayersWords, LayerWords
 
 LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16")
@@ -146,6 +146,10 @@ class Kernel:
         """A decoder layer for one new token of each sequence, on threads() threads; see runtime.native.layer."""
         check(self.library.scheinfer_layer(ctypes.byref(words), threads()))
 
+    def layers(self, words: LayersWords) -> None:
+        """All layers of such a step, and the norm after them; words.n_done tells which one an ExecutionError is of."""
+        _check(self.library.scheinfer_layers(ctypes.byref(words), threads()))
+
     def attend_prompt(self, query: Tensor, key: Tensor, value: Tensor, scale: float, isa: str | None = None) -> Tensor:
         """Causal attention of the last S of T tokens, sums in float32: [B, S, H, Dv].
 
@@ -231,6 +235,7 @@ def load(path: Path) -> Kernel:
     library.scheinfer_turn.argtypes = [*[pointer] * 3, *[number] * 4, *[ctypes.c_int] * 3]
     library.scheinfer_attend.argtypes = [*[pointer] * 5, ctypes.c_double, *[ctypes.c_int] * 3]
     library.scheinfer_layer.argtypes = [ctypes.POINTER(LayerWords), ctypes.c_int]
+    library.scheinfer_layers.argtypes = [ctypes.POINTER(LayersWords), ctypes.c_int]
     library.scheinfer_attend_prompt.argtypes = [*[pointer] * 5, ctypes.c_double, *[ctypes.c_int] * 3]
     library.scheinfer_read.argtypes = [pointer, number, ctypes.c_int]
     library.scheinfer_copy.argtypes = [pointer, number, ctypes.c_double, number]

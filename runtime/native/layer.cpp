@@ -258,9 +258,11 @@ void compute(const Call& call, Layer& l) {
 
 using namespace scheinfer;
 
+extern "C" {
+
 // 0, or 1 without memory, 2 without that instruction set. Nothing but y, the new tokens' place in the cache, counts and
-// times is written.
-extern "C" int scheinfer_layer(Layer* layer, int n_threads) {
+// times is written; y may be x.
+int scheinfer_layer(Layer* layer, int n_threads) {
   static thread_local Aligned memory;
   try {
     const int dtype = int(layer->dtype), isa = int(layer->isa);
@@ -276,4 +278,17 @@ extern "C" int scheinfer_layer(Layer* layer, int n_threads) {
   } catch (const Failed& failed) {
     return failed.code;
   }
+}
+
+// The same of all layers; what it returns goes for the layer after the n_done that were computed.
+int scheinfer_layers(Layers* all, int n_threads) {
+  for (all->n_done = 0; all->n_done < all->n_layers; all->n_done++) {
+    Layer& l = *all->layers[all->n_done];
+    l.rows = all->rows, l.n_past = all->n_past, l.x = all->n_done ? all->y : all->x, l.y = all->y;
+    l.cosine = all->cosine, l.sine = all->sine, l.table_stride = all->table_stride;
+    if (const int failed = scheinfer_layer(&l, n_threads)) return failed;
+  }
+  const Layer& last = *all->layers[all->n_layers - 1];
+  return scheinfer_norm(all->y, all->norm, all->y, all->rows, last.width, all->eps, int(last.dtype), int(last.isa), 1);
+}
 }

@@ -29,4 +29,17 @@ struct Layer {
   int64_t times[3];  // found: when the call began, when the MLP did, when all was done; ns of the monotonic clock
 };
 
+// All layers of a step, one after the other on the same rows. What is said here goes for each of them.
+struct Layers {
+  Layer* const* layers;  // of which keys, values and their strides are set
+  int64_t n_layers, rows, n_past;
+  const void* x;  // [rows, width]
+  void* y;        // what the last norm makes of the last layer's sum
+  const void *cosine, *sine;
+  int64_t table_stride;
+  const void* norm;
+  double eps;
+  int64_t n_done;  // found: layers computed
+};
+
 }  // namespace scheinfer

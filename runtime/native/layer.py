@@ -1,4 +1,4 @@
-"""A decoder layer as the native kernel takes it in one call: the words of runtime/native/layer.h, in its order."""
+"""Decoder layers as the native kernel takes them in one call: the words of runtime/native/layer.h, in its order."""
 
 from __future__ import annotations
 
@@ -26,4 +26,16 @@ class LayerWords(ctypes.Structure):
         ("value_strides", c_int64 * 3),
         ("counts", c_void_p),
         ("times", c_int64 * 3),
+    ]
+
+
+class LayersWords(ctypes.Structure):
+    """All layers of a step, and what is the same for each of them."""
+
+    _fields_: ClassVar = [
+        ("layers", ctypes.POINTER(ctypes.POINTER(LayerWords))),
+        *((name, c_int64) for name in ("n_layers", "rows", "n_past", "x", "y", "cosine")),
+        *((name, c_int64) for name in ("sine", "table_stride", "norm")),
+        ("eps", c_double),
+        ("n_done", c_int64),
     ]

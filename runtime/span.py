@@ -1,0 +1,131 @@
+"""All layers of a small step, and the norm after them, in one native call, where each of them is one.
+
+Between two calls for a layer each the weights of a layer have put Python's own code and data out of the caches:
+what is asked of a layer and noted of it costs ten times as much there as at once for all (experiments/LOG.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runtime import native
+from runtime.executor import Executor, LayerRun
+from runtime.kv import GrowingLayer, Room
+from runtime.layer import Prepared, StepLayer, grows
+from runtime.native.layer import LayersWords, LayerWords
+from runtime.watch import Watch
+
+Own = tuple[dict[str, Any], list[Callable[..., Any]]]
+"""Attributes of a module, and what listened to it when the model was made."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Words for the kernel, and all that must be as it was when they were written."""
+
+    executor: Executor
+    modules: dict[str, nn.Module]
+    layers: list[nn.Module]
+    prepared: tuple[Prepared, ...]
+    norm: nn.Module
+    words: LayersWords
+    watch: Watch
+    entered: tuple[Own, ...]
+
+    def compute(self, hidden: Tensor, tables: tuple[Tensor, Tensor], cache: object) -> Tensor | None:
+        """The last norm's output for rows [B, 1, D] of the embedding; None, and nothing done, if anything is amiss."""
+        rooms = self._rooms(hidden, cache) if self._takes(hidden, tables) and self._holds() else None
+        if rooms is None:
+            return None
+        out = torch.empty_like(hidden)
+        self._write(hidden, out, tables, rooms)
+        self.executor.run_layers(lambda: self._call(rooms), lambda: int(self.words.n_done))
+        self.executor.enter_head(out)
+        return out
+
+    def _takes(self, hidden: Tensor, tables: tuple[Tensor, Tensor]) -> bool:
+        first, (cos, sin) = self.prepared[0], tables
+        if hidden.dtype != first.dtype or not hidden.is_contiguous() or not self.executor.computes_layers():
+            return False
+        width = first.words.head_width
+        size = (width, hidden.shape[0] * width)
+        if cos.shape[-1] != width or cos.numel() not in size or cos.shape != sin.shape:
+            return False
+        return cos.is_contiguous() and sin.is_contiguous() and native.holds(hidden, cos, sin)
+
+    def _holds(self) -> bool:
+        """Whether the layers and the norm are those that were read, with the executor alone listening."""
+        if list(self.layers_now()) != self.layers or self.modules.get("norm") is not self.norm:
+            return False
+        for state, own in self.entered:
+            if list(state["_forward_pre_hooks"].values()) != own or state["_forward_hooks"] or "forward" in state:
+                return False
+        return self.watch.holds()
+
+    def layers_now(self) -> Sequence[nn.Module]:
+        """Those of the model."""
+        layers = self.modules.get("layers")
+        return list(layers._modules.values()) if isinstance(layers, nn.ModuleList) else ()
+
+    def _rooms(self, hidden: Tensor, cache: object) -> list[tuple[GrowingLayer, Room]] | None:
+        """Where each layer's keys and values go on, of as many tokens in all layers."""
+        if not grows(cache) or len(cache.layers) < len(self.layers):
+            return None
+        found: list[tuple[GrowingLayer, Room]] = []
+        for past, layer in zip(cache.layers, self.prepared, strict=False):
+            if not isinstance(past, GrowingLayer) or (room := past.room(layer.past_sizes(hidden.shape[0]))) is None:
+                return None
+            found.append((past, room))
+        n_past = {room.n_written for _, room in found}
+        return found if len(n_past) == 1 else None
+
+    def _write(
+        self, hidden: Tensor, out: Tensor, tables: tuple[Tensor, Tensor], rooms: list[tuple[GrowingLayer, Room]]
+    ) -> None:
+        words, (cos, sin) = self.words, tables
+        words.rows, words.n_past = hidden.shape[0], rooms[0][1].n_written
+        words.x, words.y = hidden.data_ptr(), out.data_ptr()
+        words.cosine, words.sine = cos.data_ptr(), sin.data_ptr()
+        words.table_stride = cos.shape[-1] if cos.numel() > cos.shape[-1] else 0
+        for layer, (_, room) in zip(self.prepared, rooms, strict=True):
+            layer.write_past(room)
+
+    def _call(self, rooms: list[tuple[GrowingLayer, Room]]) -> tuple[LayerRun, ...]:
+        kernel = native.kernel()
+        assert kernel is not None, "the step is the kernel's"
+        kernel.layers(self.words)
+        for past, _ in rooms:
+            past.written(1)
+        return tuple(layer.run() for layer in self.prepared)
+
+
+def span_of(model: nn.Module, executor: Executor) -> Span | None:
+    """The layers and the norm of a model whose layers are each computed in one call; None if they differ in form."""
+    layers, norm = list(model.get_submodule("layers").children()), model.get_submodule("norm")
+    prepared = tuple(_prepared(layer) for layer in layers)
+    forms = {(p.dtype, p.words.width, p.words.head_width) for p in prepared}
+    weight = norm._parameters.get("weight")
+    width = prepared[0].words.width
+    if len(forms) > 1 or weight is None or weight.dtype != prepared[0].dtype or weight.shape != (width,):
+        return None
+    if not type(norm).__name__.endswith("RMSNorm") or weight.device.type != "cpu" or not weight.is_contiguous():
+        return None
+    pointers = (ctypes.POINTER(LayerWords) * len(layers))(*(ctypes.pointer(p.words) for p in prepared))
+    eps = getattr(norm, "variance_epsilon", 0.0)
+    words = LayersWords(layers=pointers, n_layers=len(layers), norm=weight.data_ptr(), eps=eps)
+    read = Watch.of((), [(norm._parameters, "weight", weight.data_ptr())], [(norm, "variance_epsilon", eps)])
+    entered = tuple((m.__dict__, list(m._forward_pre_hooks.values())) for m in (*layers, norm))
+    watch = Watch.of_all([*(p.watch for p in prepared), read])
+    modules: dict[str, Any] = model._modules
+    return Span(executor, modules, layers, prepared, norm, words, watch, entered)
+
+
+def _prepared(layer: nn.Module) -> Prepared:
+    assert isinstance(layer, StepLayer), "asked when the model was made"
+    return layer.prepared
