@@ -30,7 +30,7 @@ LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16")
 """Instruction sets that the kernel is compiled for, the best last; AMX is not among them."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE = 8
+_INTERFACE = 9
 MOST_WIDTH = 256
 """Of a head in attend_prompt."""
 _AMX_ROWS = 32  # as many as AMX computes in the time of one
@@ -148,7 +148,7 @@ class Kernel:
 
     def layers(self, words: LayersWords) -> None:
         """All layers of such a step, and the norm after them; words.n_done tells which one an ExecutionError is of."""
-        _check(self.library.scheinfer_layers(ctypes.byref(words), threads()))
+        check(self.library.scheinfer_layers(ctypes.byref(words), threads()))
 
     def attend_prompt(self, query: Tensor, key: Tensor, value: Tensor, scale: float, isa: str | None = None) -> Tensor:
         """Causal attention of the last S of T tokens, sums in float32: [B, S, H, Dv].
