@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 _address: Callable[[Any], int] = Tensor.data_ptr
+_strides: Callable[[Any], tuple[int, ...]] = Tensor.stride
 _before, _after = itemgetter("_forward_pre_hooks"), itemgetter("_forward_hooks")
 Link = tuple[dict[str, Any], str, nn.Module]
 """Modules of an owner, the name of one, the module."""
@@ -34,7 +35,7 @@ class Watch:
     facts: tuple[Fact, ...]
     _modules: tuple[tuple[dict[str, Any], ...], tuple[str, ...], list[nn.Module]]
     _states: tuple[dict[str, Any], ...]
-    _present: tuple[tuple[dict[str, Any], ...], tuple[str, ...], list[int]]
+    _present: tuple[tuple[dict[str, Any], ...], tuple[str, ...], list[int], list[tuple[int, ...]]]
     _absent: tuple[tuple[dict[str, Any], ...], tuple[str, ...]]
     _facts: tuple[tuple[object, ...], tuple[str, ...], list[object]]
 
@@ -53,7 +54,7 @@ class Watch:
             facts,
             (parents, names, list(modules)),
             tuple(module.__dict__ for module in modules),
-            (present[0], present[1], list(present[2])),
+            (present[0], present[1], list(present[2]), list(map(_strides, map(dict.get, *present[:2])))),
             (absent[0], absent[1]),
             (owners, attributes, list(found)),
         )
@@ -74,9 +75,10 @@ class Watch:
         states = self._states
         if any(map(_before, states)) or any(map(_after, states)) or any(map(contains, states, repeat("forward"))):
             return False
-        owners, names, addresses = self._present
-        try:
-            if list(map(_address, map(dict.get, owners, names))) != addresses:
+        owners, names, addresses, strides = self._present
+        now = list(map(dict.get, owners, names))
+        try:  # a weight transposed in place is where it was
+            if list(map(_address, now)) != addresses or list(map(_strides, now)) != strides:
                 return False
         except TypeError:  # there is none now
             return False

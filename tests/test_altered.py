@@ -54,6 +54,7 @@ def override(module: nn.Module) -> None:
 ALTERATIONS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "an adapter": ("self_attn", lambda m: setattr(m, "q_proj", Adapted(m.q_proj))),
     "another module": ("self_attn", lambda m: setattr(m, "v_proj", nn.Sequential(m.v_proj, nn.Tanh()))),
+    "a square weight turned in place": ("self_attn.q_proj", lambda m: setattr(m.weight, "data", m.weight.data.t())),
     "a hook": ("self_attn.k_proj", lambda m: m.register_forward_hook(lambda _, args, out: out / 2)),
     "a hook before": ("self_attn.v_proj", lambda m: m.register_forward_pre_hook(lambda _, args: (args[0] / 2,))),
     "a forward of its own": ("self_attn.v_proj", override),
