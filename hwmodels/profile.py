@@ -35,6 +35,9 @@ def _check_dtype(field_name: str, dtype: str) -> None:
         raise FormatError(f"{field_name} names {dtype!r}; expected {', '.join(DTYPE_BYTES)}")
 
 
+_USUAL: dict[Op, Op] = {"activations": "pinned", "attn_apart": "attn"}
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """A time and what it rests on; flops_s and bytes_s are what FLOPs and bytes would take alone, at peak."""
@@ -258,11 +261,12 @@ class HardwareProfile:
     def curve(self, resource: Resource, op: Op, dtype: str) -> Curve | None:
         """The curve that answers for an operation, None if there is none; a copy's bytes have no dtype.
 
-        Where copies of activations were not measured apart, those of page-locked memory answer.
+        Where copies of activations were not measured for themselves, those of page-locked memory answer, and attention
+        in plans of the CPU alone for that in other plans.
         """
         curve = self._index.get((resource, op, dtype))
-        if curve is None and op == "activations":
-            return self.curve(resource, "pinned", dtype)
+        if curve is None and op in _USUAL:
+            return self.curve(resource, _USUAL[op], dtype)
         if curve is None and op in ("pinned", "pageable"):
             return next((c for key, c in self._index.items() if key[:2] == (resource, op)), None)
         return curve

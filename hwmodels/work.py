@@ -6,12 +6,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 Op = Literal[
-    "ffn", "attn", "head", "embed", "join", "sample", "activations", "pinned", "pageable", "stream_read", "stream_copy"
+    "ffn",
+    "attn",
+    "attn_apart",
+    "head",
+    "embed",
+    "join",
+    "sample",
+    "activations",
+    "pinned",
+    "pageable",
+    "stream_read",
+    "stream_copy",
 ]
 """Names of the curves a profile may hold.
 
 ffn          a gated or plain MLP part: columns of one MLP or expert
 attn         everything in a layer that is not its MLP (norms, attention, router, shared experts)
+attn_apart   the same of one token on the CPU, where other layers of the plan are the device's: layers come one by one
 head         final norm and output projection
 embed        token embedding and the mask and position set-up of a step
 join         the sum of a layer's partial outputs
@@ -27,6 +39,7 @@ AXES: dict[Op, tuple[str, str]] = {
     "ffn": ("n_tokens", "weight_bytes"),
     "head": ("n_tokens", "weight_bytes"),
     "attn": ("n_tokens", "io_bytes"),
+    "attn_apart": ("n_tokens", "io_bytes"),
     "embed": ("n_tokens", "io_bytes"),
     "join": ("n_tokens", "io_bytes"),
     "sample": ("n_tokens", "io_bytes"),

@@ -8,6 +8,7 @@ full one makes several passes over all parts.
 yardstick  reading and copying large arrays, before and after all others: has the machine's speed changed?
 rest       embedding, attention, head and sampling: a model of the same shapes with random weights and few
            layers, run by the executor with everything on the device, then with everything on the CPU
+apart      attention on the CPU where other layers are the device's
 waits      how much longer attention takes after waiting for the CPU or for the link
 overlap    hand-offs between resources, copies of activations and joins, read from an overlapping run
 mlp        MLP parts over width and tokens, on CPU and GPU
@@ -45,7 +46,7 @@ from runtime.projection import FEW_ROWS
 from runtime.resume import KeptParts, measurement_key
 from runtime.rounds import Effort, Measuring, finish
 from runtime.session import PlannedModel
-from runtime.standin import StandIn, built, measure_overlapped, measure_rest
+from runtime.standin import StandIn, built, measure_apart, measure_overlapped, measure_rest
 from runtime.synthetic import DEFAULT_CONFIG, shrunk
 from runtime.turns import Turn, glance, progress_bar, take_turns, tell
 from sim.model import ModelSpec
@@ -114,11 +115,13 @@ class _Job:
         finally:
             device.close()
 
-    def stand_in(self, place: Place, gg_share: float, ahead_share: float, overlap: bool = True) -> StandIn:
+    def stand_in(
+        self, place: Place, gg_share: float, ahead_share: float, overlap: bool = True, host_share: float = 0.0
+    ) -> StandIn:
         """A stand-in model of these shapes."""
         n_ctx = max(self.extent.n_tokens) + max(self.extent.past) + 16
         config = shrunk(self.config, _STAND_IN_BYTES)
-        own = self.device, self.device_bytes, self.cpu_threads, overlap
+        own = self.device, self.device_bytes, self.cpu_threads, overlap, host_share
         return StandIn(config, place, gg_share, ahead_share, n_ctx, *own)
 
 
@@ -129,7 +132,7 @@ class _Rig:
     job: _Job
     stack: ExitStack
     _bench: MicroBench | None = None
-    _models: dict[tuple[Place, float, float, bool], PlannedModel] = field(default_factory=dict)
+    _models: dict[tuple[Place, float, float, bool, float], PlannedModel] = field(default_factory=dict)
 
     def bench(self) -> MicroBench:
         """Micro-benchmarks with the calibration's own threads and type of numbers."""
@@ -137,9 +140,11 @@ class _Rig:
             self._bench = self.stack.enter_context(self.job.bench())
         return self._bench
 
-    def model(self, place: Place, gg_share: float, ahead_share: float, overlap: bool = True) -> PlannedModel:
+    def model(
+        self, place: Place, gg_share: float, ahead_share: float, overlap: bool = True, host_share: float = 0.0
+    ) -> PlannedModel:
         """A stand-in; see StandIn."""
-        key = (place, gg_share, ahead_share, overlap)
+        key = (place, gg_share, ahead_share, overlap, host_share)
         if key not in self._models:
             self._models[key] = self.stack.enter_context(built(self.job.stand_in(*key)))
         return self._models[key]
@@ -264,6 +269,10 @@ def _rest(place: Place) -> _Measure:
     return measure
 
 
+def _apart(rig: _Rig, effort: Effort) -> Measuring:
+    return (yield from measure_apart(rig.model("GPU", 1.0, 0.0, host_share=0.5), rig.job.extent.past, effort))
+
+
 def _waits(rig: _Rig, effort: Effort) -> Measuring:
     waiting = [rig.model("GPU", *shares, overlap=False) for shares in WAITING]
     return (yield from measure_cold(rig.model("GPU", 1.0, 0.0), waiting, effort))
@@ -312,6 +321,7 @@ _PARTS: dict[str, tuple[float, _Measure]] = {
     "yardstick": (0.5, _yardstick),
     "rest on the GPU": (8, _rest("GPU")),
     "rest on the CPU": (8, _rest("CPU")),
+    "layers apart": (1, _apart),
     "waits": (3, _waits),
     "overlap": (9, _overlap),
     "mlp": (10, _mlp),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from hwmodels.calibrate import handoffs, samples
+from hwmodels.calibrate import Part, handoffs, samples
 from hwmodels.profile import Curve, Resource
 from hwmodels.work import Op, Work, activations
 from runtime.devices import open_device
@@ -40,7 +40,7 @@ _N_DECODE = 8
 class StandIn:
     """A stand-in to build: its config, where its attention lives, shares of columns that are GG and sent ahead.
 
-    Without overlap its tasks run one after the other.
+    Without overlap its tasks run one after the other. A host_share of its layers is the CPU's.
     """
 
     config: Mapping[str, Any]
@@ -52,6 +52,7 @@ class StandIn:
     device_bytes: int
     cpu_threads: int | None
     overlap: bool = True
+    host_share: float = 0.0
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def built(stand_in: StandIn) -> Iterator[PlannedModel]:
     """The model with random weights, closed at the end."""
     s = stand_in
     spec = from_config(s.config, "stand-in")
-    plan = uniform_plan(spec, s.place, s.gg_share, s.ahead_share, s.n_ctx, s.device_bytes, s.overlap)
+    plan = uniform_plan(spec, s.place, s.gg_share, s.ahead_share, s.n_ctx, s.device_bytes, s.overlap, s.host_share)
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(s.config, Path(folder), plan, open_device(s.device, s.device_bytes, s.cpu_threads))
     try:
@@ -76,7 +77,7 @@ def measure_rest(
 ) -> Measuring:
     """Curves of attn over tokens and depth, embed over tokens, head and sample, and hand-offs, all on one place."""
     spec = model.executor.spec
-    cases: list[Case[Work | str]] = [_pass_case(model, n, p) for n in n_tokens for p in past]
+    cases: list[Case[Work | str]] = [_pass_case(model, n, p, place) for n in n_tokens for p in past]
     times = yield from in_rounds([*cases, lambda: _decode_ends(model)], effort)
     rows: dict[Op, dict[Work, list[list[float]]]] = defaultdict(dict)
     for key, rounds in times.items():
@@ -88,14 +89,33 @@ def measure_rest(
     return replace(handoffs(delays_s), curves=tuple(curves))
 
 
-def _pass_case(model: PlannedModel, n_tokens: int, past: int) -> Case[Work | str]:
-    """One forward pass: times of its attention parts, and of embed where it is a prompt's."""
+def measure_apart(model: PlannedModel, past: Sequence[int], effort: Effort) -> Measuring:
+    """A curve of one token's attention on the CPU, of a model whose other layers are the device's."""
+    spec = model.executor.spec
+    times = yield from in_rounds([_apart_case(model, p) for p in past], effort)
+    if not times:  # the layers on the CPU are of another kind than most
+        return Part()
+    curve = Curve("CPU", "attn_apart", spec.dtype, model.executor.device.cpu_threads, "measured", samples(times))
+    return Part((curve,))
+
+
+def _apart_case(model: PlannedModel, past: int) -> Case[Work]:
+    def visit() -> Iterator[tuple[Work, float]]:
+        for work, seconds in _pass_case(model, 1, past, "CPU")():
+            if isinstance(work, Work):
+                yield replace(work, op="attn_apart"), seconds
+
+    return visit
+
+
+def _pass_case(model: PlannedModel, n_tokens: int, past: int, place: Place) -> Case[Work | str]:
+    """One forward pass: times of its attention parts on a place, and of embed where it is a prompt's."""
     spec = model.executor.spec
     usual = statistics.mode(spec.rest_bytes(i) for i in range(spec.n_layers))  # other layers scale from these
 
     def visit() -> Iterator[tuple[Work | str, float]]:
         for span in forward(model, n_tokens, past)[0].spans:
-            if span.kind == "attn" and spec.rest_bytes(span.layer) == usual:
+            if span.kind == "attn" and span.resource == place and spec.rest_bytes(span.layer) == usual:
                 yield spec.attention_work(span.layer, n_tokens, past + n_tokens), span.duration_s
             elif span.kind == "embed" and n_tokens > 1:
                 yield spec.small_work("embed", n_tokens), span.duration_s

@@ -68,13 +68,18 @@ def uniform_plan(
     n_ctx: int,
     vram_bytes: int,
     overlap: bool = True,
+    host_share: float = 0.0,
 ) -> Plan:
-    """A plan that treats all layers alike: shares of every expert's columns that are GG and sent ahead."""
+    """A plan that treats all layers alike: shares of every expert's columns that are GG and sent ahead.
+
+    All but a host_share of the layers, the last ones, which are the CPU's.
+    """
     layers, ahead = [], []
-    for layer in spec.layers:
-        gg = round(layer.ffn.columns * gg_share) if place == "GPU" else 0
-        layers.append(LayerPartition(place, (gg,) * layer.ffn.n_experts))
-        ahead.append(round(layer.ffn.columns * ahead_share) if place == "GPU" else 0)
+    for i, layer in enumerate(spec.layers):
+        here: Place = "CPU" if i >= (1 - host_share) * spec.n_layers else place
+        gg = round(layer.ffn.columns * gg_share) if here == "GPU" else 0
+        layers.append(LayerPartition(here, (gg,) * layer.ffn.n_experts))
+        ahead.append(round(layer.ffn.columns * ahead_share) if here == "GPU" else 0)
     tier = Tier("all", max(n_ctx, 1), overlap, tuple(ahead), None, 2 if any(ahead) else 0)
     return Plan(
         "calibration", spec.name, spec.id, "", spec.dtype, vram_bytes, n_ctx, 1, True, place, tuple(layers), (tier,)

@@ -123,6 +123,8 @@ class StepCompiler:
         before = self.plan.ends if layer == 0 else self.plan.layers[layer - 1].rest
         tasks = self._move(layer, before, place)
         attention = self.spec.attention_work(layer, self.step.n_tokens, self.step.kv_tokens, self.step.batch)
+        if place == "CPU" and self.step.n_tokens == 1 and self.plan.uses_gpu:
+            attention = replace(attention, op="attn_apart")
         attn = self._task("attn", layer, place, (attention,), (self._prev,))
         self._prev = attn.id
         return [*tasks, attn]

@@ -368,7 +368,7 @@ def test_an_interrupted_calibration_goes_on_where_it_was(cache, monkeypatch, cap
     names = [name for name in calibration._PARTS if name != "variants"]
     assert before == names[: names.index("mlp") + 1]
     assert fake.ran[len(before) :] == names[names.index("mlp") :]
-    assert "going on: 5 of 9 parts were measured within the last hour" in capsys.readouterr().err
+    assert "going on: 6 of 10 parts were measured within the last hour" in capsys.readouterr().err
     assert profile.handoff_s == {"CPU>H2D": 1.0, "GPU>H2D": 2.0}  # of two parts the one that overlaps counts
     assert profile.contention[0].rate["CPU"] == 0.5
     assert profile.cold == (Cold(0.002, 1.25, "measured"),)
@@ -396,7 +396,7 @@ def test_a_finished_calibration_leaves_nothing_to_go_on_from(cache, monkeypatch)
     fake = faked(monkeypatch)
     calibrate(None, "emulated", quick=True, progress=False)
     calibrate(None, "emulated", quick=True, progress=False)
-    assert len(fake.ran) == 2 * 9
+    assert len(fake.ran) == 2 * 10
 
 
 def test_another_extent_does_not_go_on_from_this_one(cache, monkeypatch):

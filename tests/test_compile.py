@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -297,3 +298,16 @@ def test_compiling_layer_by_layer_gives_the_tasks_of_the_whole_step(made: Compil
         tasks += compiler.attention(layer)  # the router runs here
         tasks += compiler.mlp(layer, routing[layer])
     assert (*tasks, *compiler.end()) == whole.tasks
+
+
+def test_one_token_on_the_cpu_is_a_layer_apart_where_other_layers_are_the_devices() -> None:
+    def ops(plan: Plan, n_tokens: int) -> set[str]:
+        tasks = compiled(spec, plan, Step("prefill", n_tokens, n_tokens))
+        return {work.op for task in tasks if task.kind == "attn" and task.resource == "CPU" for work in task.works}
+
+    spec = dense(n_layers=2)
+    alone = on_cpu(spec)
+    beside = replace(uniform(spec, gg=2), layers=(LayerPartition("GPU", (2,)), LayerPartition("CPU", (0,))))
+    assert ops(alone, 1) == {"attn"}
+    assert ops(beside, 1) == {"attn_apart"}
+    assert ops(beside, 5) == {"attn"}
