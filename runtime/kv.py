@@ -36,6 +36,10 @@ class Room:
         even = keys.shape == values.shape and keys.dtype == values.dtype
         self._sizes = (*keys.shape[:2], keys.shape[3], keys.dtype) if even else ()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """A deep copy lies elsewhere, and its words say where."""
+        return Room, (self.keys, self.values, self.n_written)
+
     def takes(self, n_tokens: int) -> bool:
         """Whether there is room for so many, that may be written now."""
         return n_tokens <= self._n_room and (not self._is_inference or torch.is_inference_mode_enabled())

@@ -358,7 +358,7 @@ def test_two_caches_that_take_turns_keep_their_own_keys_and_values(tiny_checkpoi
                 found.append(model(fed_now, past_key_values=cache, use_cache=True).logits[:, -1])
                 listening.remove()
         caches.append(copy.deepcopy(caches[0]))
-        found += [model(tokens(1, 1, 3), past_key_values=caches[i], use_cache=True).logits[:, -1] for i in (0, 2, 0, 2)]
+        found += [model(tokens(1, 1, i), past_key_values=caches[i], use_cache=True).logits[:, -1] for i in (0, 2, 0, 2)]
         return torch.cat(found)
 
     agrees(tiny_checkpoint("llama"), run)
