@@ -88,10 +88,11 @@ def _slowness(times_s: Mapping[Work, Sequence[Sequence[float]]]) -> list[float]:
                 [
                     statistics.median(rounds[number]) / middle_s[work]
                     for work, rounds in times_s.items()
-                    if rounds[number]
+                    if rounds[number] and middle_s[work]
                 ]
                 or [1.0]
             )
+            or 1.0  # shorter than the clock's step
             for number in range(n_rounds)
         ]
     return slowness

@@ -61,6 +61,7 @@ class _StepState:
     sample: Task | None = None
     since: Mark = 0
     layers: LayerRuns | None = None
+    n_entered: int = 0
 
 
 @dataclass
@@ -167,8 +168,14 @@ class Executor:
         self._send_ahead(ahead)
 
     def enter_layer(self, layer: int, hidden: Tensor) -> Tensor:
-        """A layer begins; its input, carried to where the layer lives."""
+        """A layer begins; its input, carried to where it lives. ExecutionError if another's columns were sent."""
         step = self._current()
+        if layer != step.n_entered and any(step.compiler.tier.ahead):
+            raise ExecutionError(
+                f"layer {layer} comes where the plan sends columns of layer {step.n_entered} ahead; leave the layers "
+                "as they were loaded, or plan for a checkpoint with the layers that you want"
+            )
+        step.n_entered += 1
         if step.open_task is not None:
             self._close()
         *moves, attn = step.compiler.attention(layer)
@@ -334,7 +341,7 @@ class Executor:
             target = self.device.staging(hidden, f"{task.kind}.L{task.layer}", to_host)
             self.device.run([task], {task.id: self.device.copying([(target, hidden)], True)}, inline_cpu=False)
             self._current().since = self.device.mark("CPU" if to_host else "GPU")
-            hidden = target
+            hidden = target.clone() if task.layer == 0 else target  # callers keep embeddings, the next step overwrites
         return hidden
 
     def _work_at(self, place: Place) -> None:

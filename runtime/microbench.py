@@ -119,7 +119,8 @@ class MicroBench:
         def body_of(i: int) -> Body:
             first = (i * stride) % (pool.numel() - size + 1)
             pieces = [piece_views(pool[first : first + size], self.spec.d_model, columns)]
-            return self._mlp(x, pieces, resource)
+            with self.device.driving():  # words name the number of threads that drive the device
+                return self._mlp(x, pieces, resource)
 
         return body_of
 

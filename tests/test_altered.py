@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import DynamicCache, PreTrainedModel
 
+from hwmodels.errors import ExecutionError
 from tests.conftest import TinyCheckpoint
-from tests.planned import loaded, on_cpu, spec_of
+from tests.planned import greedy, loaded, on_cpu, spec_of, three_ways
 from tests.tiny import eager, tokens
 
 TOLERANCE = 1e-4
@@ -136,6 +137,18 @@ def test_a_cache_whose_update_was_put_over_its_own_is_asked(tiny_checkpoint: Tin
     expected = run(eager(folder))
     with loaded(folder, on_cpu(spec_of(folder))) as model:
         torch.testing.assert_close(run(model), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_layers_in_another_order_are_refused_where_columns_are_sent_ahead(tiny_checkpoint: TinyCheckpoint) -> None:
+    folder = tiny_checkpoint("llama")
+    with loaded(folder, three_ways(spec_of(folder))) as model:
+        expected = greedy(model, tokens(5), 3)
+        layers: Any = model.get_submodule("model.layers")
+        layers[1], layers[2] = layers[2], layers[1]
+        with pytest.raises(ExecutionError, match="layer 2 comes where the plan sends columns of layer 1 ahead"):
+            model(tokens(5))
+        layers[1], layers[2] = layers[2], layers[1]
+        assert greedy(model, tokens(5), 3) == expected
 
 
 def test_masks_by_kind_of_layer_are_taken_as_transformers_takes_them(tiny_checkpoint: TinyCheckpoint) -> None:

@@ -104,6 +104,11 @@ def test_what_a_round_does_to_all_points_of_a_curve_cancels():
     assert (found[0].count, found[0].spread_s, found[1].count) == (4, 3.0, 4), "as measured"
 
 
+def test_a_round_of_times_shorter_than_the_clocks_step_is_no_error():
+    (found,) = samples({WORK: [[0.0], [2.0], [2.0]]})
+    assert found.median_s == pytest.approx(4 / 3)
+
+
 @given(st.lists(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=4), min_size=1, max_size=8))
 def test_a_point_alone_lies_among_its_repeats(rounds_s):
     (found,) = samples({WORK: rounds_s})

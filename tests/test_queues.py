@@ -15,10 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import silu
 
 from hwmodels.errors import ExecutionError
 from hwmodels.profile import Resource
 from runtime import native
+from runtime.devices.emulated import EmulatedDevice
+from runtime.microbench import MicroBench
 from runtime.native.queues import NativeBody, NativeQueues, adding, copying
 from sim.graph import Kind, Task
 from tests.conftest import TinyCheckpoint
@@ -149,3 +152,22 @@ def test_threads_end_with_the_device(tiny_checkpoint: TinyCheckpoint) -> None:
         assert {s.resource for s in timeline.spans} == set(RESOURCES)
         assert greedy(model, tokens(5), 3) == expected
     assert not ours() & own
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_what_is_calibrated_computes_on_the_threads_that_runs_have(
+    family: str, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    device, n_threads = EmulatedDevice(1 << 30), torch.get_num_threads()
+    bench = MicroBench(spec_of(tiny_checkpoint(family)), device, silu)
+    torch.set_num_threads(n_threads + 5)
+    try:
+        threads: dict[Resource, int] = {"GPU": device.gpu_threads, "CPU": device.cpu_threads}
+        for resource, expected in threads.items():
+            body = bench._ffn_bodies(resource, 2, 8)(0)
+            assert isinstance(body, NativeBody)
+            assert body.words[8] == expected
+        assert torch.get_num_threads() == n_threads + 5
+    finally:
+        torch.set_num_threads(n_threads)
+        device.close()

@@ -176,6 +176,17 @@ def test_hidden_states_and_losses_are_hugging_faces(mixtral: Path, plan: Plan) -
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+def test_embeddings_that_a_caller_keeps_are_not_those_of_the_next_step(mixtral: Path) -> None:
+    def kept(model: PreTrainedModel) -> tuple[torch.Tensor, ...]:
+        how = {"output_hidden_states": True, "return_dict_in_generate": True, "max_new_tokens": 4, "pad_token_id": 0}
+        out = model.generate(tokens(6), do_sample=False, **how)  # type: ignore[operator]
+        return tuple(step[0] for step in out.hidden_states)
+
+    with loaded(mixtral, shares(spec_of(mixtral), gg=1.0, ends="CPU")) as model:
+        for found, expected in zip(kept(model), kept(eager(mixtral)), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
 def test_inference_mode_and_ordinary_calls_mix(mixtral: Path, plan: Plan) -> None:
     with loaded(mixtral, plan) as model:
         with torch.inference_mode():
