@@ -43,7 +43,7 @@ def test_threads_files_and_device_memory_do_not_change_from_one_generation_to_th
 
 def test_a_closed_model_gives_its_memory_back_to_the_system(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llama", leaks.LARGE)
-    spec = load_model(folder)
+    spec, threads_left = load_model(folder), set()
     for _ in range(3):  # the first times the C library keeps less
         model, _ = scheinfer.load(folder, leaks.three_ways(spec), device="emulated")
         generate(model, 0)
@@ -51,5 +51,7 @@ def test_a_closed_model_gives_its_memory_back_to_the_system(tmp_path: Path) -> N
         model.close()
         closed = held(None)
         assert loaded.rss_bytes - closed.rss_bytes > 0.9 * spec.weight_bytes
-        assert closed.threads == loaded.threads - 3
+        assert closed.threads <= loaded.threads - 3  # CPU, H2D and D2H, twice where the kernel has queues of its own
+        threads_left.add(closed.threads)
         assert closed.files == loaded.files
+    assert len(threads_left) == 1
