@@ -52,7 +52,7 @@ def _once_s() -> float:
     return time.perf_counter() - began_s
 
 
-def glance() -> tuple[float, ...]:
+def probe_s() -> tuple[float, ...]:
     """Seconds of the loop on every core that this process may use, one after the other: half a millisecond each."""
     return tuple(loops_s[0] for loops_s in _on_every_core(lambda: [loop_s()]))
 

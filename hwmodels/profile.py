@@ -36,6 +36,7 @@ def _check_dtype(field_name: str, dtype: str) -> None:
 
 
 _USUAL: dict[Op, Op] = {"activations": "pinned", "attn_apart": "attn"}
+"""Whose curve answers where an operation's own was not measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@
 #
 # **Question.** How does a machine get into the simulator, and how far is a measured one from a data sheet?
 #
-# `scheinfer calibrate` measures a profile in three minutes, `--quick` in under one. This notebook measures a tiny
+# `scheinfer calibrate` measures a profile in five minutes, `--quick` in under one. This notebook measures a tiny
 # shape, so that it takes seconds: **its numbers show the method, not the machine**. Without a GPU the device is
 # **emulated**: a second set of threads computes, and a thread copies at a fixed rate.
 

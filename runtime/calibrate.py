@@ -161,7 +161,7 @@ def calibrate(
 ) -> HardwareProfile:
     """Measure this machine for the shapes of a checkpoint's config (None: a small Llama's).
 
-    Takes under a minute with quick and some three without, longer for layers that take the machine seconds; extent
+    Takes under a minute with quick and some five without, longer for layers that take the machine seconds; extent
     overrules quick. dtype is the config's unless given. What makes the numbers doubtful, above all a busy machine,
     stands in the profile's notes. Interrupted, it goes on where it was if called again within an hour. Raises
     ModelError for a config that is not supported, PlanError for a device that is not here.

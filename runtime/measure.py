@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hwmodels.errors import PlanError
 from hwmodels.load import LoadMeter
-from hwmodels.pace import glance
+from hwmodels.pace import probe_s
 from runtime.session import PlannedModel
 from sim.timeline import Timeline
 from sim.workload import RoutingTrace
@@ -65,14 +65,14 @@ def measure(
 
 
 def _once(model: PlannedModel, ids: torch.Tensor, n_gen: int, streamer: BaseStreamer | None, n_depth: int) -> Measured:
-    before_s, meter = glance(), LoadMeter.start()
+    before_s, meter = probe_s(), LoadMeter.start()
     out = _generate(model, ids, n_gen, streamer, n_depth)
     others_load = meter.others()
     timeline, routing, peak_bytes = model.last_timeline, model.last_routing, model.executor.device.peak_bytes()
     assert timeline is not None, "generate has run"
     assert routing is not None, "generate has run"
     tokens = tuple(int(t) for t in out[0, ids.shape[1] :])
-    times_s, loops_s = (timeline.ttft_s, timeline.tpot_s), (*before_s, *glance())
+    times_s, loops_s = (timeline.ttft_s, timeline.tpot_s), (*before_s, *probe_s())
     return Measured(*times_s, timeline, routing, tokens, peak_bytes, others_load, loops_s)
 
 
