@@ -1,71 +1,182 @@
-"""Do two calibrations of one machine lead to plans of the same speed?
+"""Do two calibrations of one machine predict the same speeds, and if not: is it the calibration or the machine?
 
-    python -m experiments.calibration_repeats            4 minutes on 2 cores; writes results/calibration_repeats/
-    python -m experiments.calibration_repeats --smoke    10 s on a tiny shape; writes nowhere unless --out is given
+    python -m experiments.calibration_repeats            8 minutes on 2 cores; writes results/calibration_repeats-MODEL/
+    python -m experiments.calibration_repeats --smoke    20 s on a tiny shape; writes nowhere unless --out is given
 
-Each of two shapes is calibrated several times with --quick, taking turns; every calibration searches a plan for
-half of the MLP weights on the device and predicts its speed. The others then predict that same plan.
+Each shape is calibrated as --quick does, two calibrations at a time whose rounds take turns of a second: they see the
+same minutes of the machine, and what they differ by is the calibration's own. Then two more, later: what those differ
+by from the first is that and the machine's drift. Every policy's plan for half of the MLP weights on the device is
+predicted by each of them.
 
-One should see predicted speeds that differ by less than 5 % and, on a quiet machine, points left out of a curve
-predicted within 5 % in the median and 15 % at worst. others_load says how quiet it was.
+One should see speeds that differ by less than 5 % between calibrations in turns. Those apart differ by more where
+slow_share, the share of time in which the cores were below their pace, does.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import pandas as pd
+from tqdm import tqdm
 
-from experiments.overlap import SHAPES, TINY, calibrated
+from experiments.overlap import SHAPES, TINY, Config
 from experiments.record import RESULTS, record
 from hwmodels.calibrate import residuals
-from hwmodels.profile import HardwareProfile
+from hwmodels.pace import SLOW, probe_s
+from hwmodels.profile import AXES, Curve, HardwareProfile
 from runtime.budget import half_budget
-from runtime.calibrate import QUICK, SMOKE
-from sim.model import ModelSpec, from_config
-from sim.plan import Plan
-from sim.planner import plan as make_plan
+from runtime.calibrate import QUICK, SMOKE, Extent, calibrating
+from sim.chart import GREY, MARKERS, SERIES, Chart, chart, styled
+from sim.model import from_config
+from sim.planner import rank
 from sim.simulate import forecast
 from sim.workload import Workload
 
+BAR = 0.05
+"""Difference of two calibrations' predictions that is still called the same."""
+AT_ONCE, GROUPS = 2, 2
+"""Calibrations that take turns, and how often so many are made."""
+STEPS = ("prefill", "decode")
 
-def rows_of(spec: ModelSpec, profiles: Sequence[HardwareProfile], workload: Workload) -> list[dict[str, Any]]:
-    """A row per calibration: its plan's predicted speed, how others predict that plan, how good its curves are."""
-    budget = half_budget(spec, workload)
-    plans: list[Plan] = [make_plan(spec, profile, budget, workload) for profile in profiles]
-    rows = []
-    for number, (profile, plan) in enumerate(zip(profiles, plans, strict=True)):
-        assert plan.prediction is not None, "the planner predicts"
-        by_others = [forecast(spec, plan, other, workload) for other in profiles if other is not profile]
-        found = residuals(c for c in profile.curves if c.source == "measured")
-        worst = max(found, key=lambda r: r.worst)
-        rows.append(
-            {
-                "model": spec.name,
-                "calibration": number,
-                "device": profile.device,
-                "others_load": profile.fingerprint["others_load"],
-                "plan_id": plan.id,
-                "prefill_tok_s": plan.prediction.prefill_tok_s,
-                "decode_tok_s": plan.prediction.decode_tok_s,
-                "decode_by_others_min": min(p.decode_tok_s for p in by_others),
-                "decode_by_others_max": max(p.decode_tok_s for p in by_others),
-                "left_out_median": max(r.median for r in found),
-                "left_out_worst": worst.worst,
-                "worst_curve": worst.curve,
+
+@dataclass(frozen=True)
+class Calibration:
+    """One of a group whose rounds took turns, and the pace of the cores at its turns."""
+
+    group: int
+    number: int
+    profile: HardwareProfile
+    probes_s: tuple[float, ...]
+
+
+def in_turns(name: str, config: Config, device: str, extent: Extent, n_turns: int, group: int) -> list[Calibration]:
+    """Calibrations of a shape that take turns."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(dict(config)))
+        own = [stack.enter_context(calibrating(folder, n_turns, device, extent=extent)) for _ in range(AT_ONCE)]
+        probes_s: list[list[float]] = [[] for _ in own]
+        for turn in tqdm(range(n_turns), desc=f"calibrate {name}", unit="turn", leave=False):
+            for i in range(AT_ONCE) if turn % 2 else reversed(range(AT_ONCE)):
+                probes_s[i] += probe_s()
+                own[i].turn()
+        made = [calibration.profile() for calibration in own]
+    return [Calibration(group, i, profile, tuple(probes_s[i])) for i, profile in enumerate(made)]
+
+
+def rows_of(name: str, config: Config, found: Sequence[Calibration], workload: Workload) -> Iterator[dict[str, Any]]:
+    """A row per policy that has a plan and calibration: its prediction of the plan that the first one makes."""
+    spec = from_config(config, name)
+    fastest_s = min(s for one in found for s in one.probes_s)
+    first = found[0].profile
+    for ranked in rank(spec, first, half_budget(spec, workload), workload):
+        if ranked.plan is None:
+            continue
+        for one in found:
+            predicted = forecast(spec, ranked.plan, one.profile, workload)
+            yield {
+                "model": name,
+                "policy": ranked.plan.policy,
+                "plan_id": ranked.plan.id,
+                "group": one.group,
+                "calibration": one.number,
+                "device": first.device,
+                "prefill_tok_s": predicted.prefill_tok_s,
+                "decode_tok_s": predicted.decode_tok_s,
+                "slow_share": fmean(s >= SLOW * fastest_s for s in one.probes_s),
+                "others_load": one.profile.fingerprint["others_load"],
             }
-        )
-    return rows
 
 
-def difference(rows: Sequence[Mapping[str, Any]], column: str) -> float:
-    """Largest over smallest value of a column within a shape, less one: the worst shape's."""
-    shapes = {row["model"] for row in rows}
-    values = [[float(row[column]) for row in rows if row["model"] == shape] for shape in shapes]
-    return max(max(own) / min(own) - 1 for own in values)
+def differences(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per plan and pair of calibrations: how much faster one says it is, and whether they took turns."""
+    rows = []
+    for (model, policy), own in table.groupby(["model", "policy"], sort=False):
+        for (_, one), (_, other) in combinations(own.iterrows(), 2):
+            for step in STEPS:
+                speeds = one[f"{step}_tok_s"], other[f"{step}_tok_s"]
+                how = "in turns" if one["group"] == other["group"] else "apart"
+                rows.append((model, policy, step, how, max(speeds) / min(speeds) - 1))
+    return pd.DataFrame(rows, columns=["model", "policy", "step", "calibrations", "difference"])
+
+
+def curves_apart(found: Sequence[Calibration]) -> pd.DataFrame:
+    """How far points of each curve lie apart, by calibrations in turns and apart: median and worst point."""
+    rows: list[dict[str, Any]] = []
+    for one, other in combinations(found, 2):
+        how = "in turns" if one.group == other.group else "apart"
+        others = {_name(c): c for c in other.profile.curves}
+        for curve in one.profile.curves:
+            apart = _points_apart(curve, others[_name(curve)])
+            rows.append({"curve": _name(curve), "calibrations": how, "median": median(apart), "worst": max(apart)})
+        for pair, seconds in one.profile.handoff_s.items():
+            both = [max(s, 1e-6) for s in (seconds, other.profile.handoff_s.get(pair, seconds))]
+            rows.append({"curve": pair, "calibrations": how, "median": max(both) / min(both) - 1})
+    table = pd.DataFrame(rows).groupby(["curve", "calibrations"]).mean()
+    return pd.DataFrame(table.unstack())
+
+
+def _name(curve: Curve) -> str:
+    return f"{curve.resource} {curve.op} {curve.dtype}"
+
+
+def _points_apart(one: Curve, other: Curve) -> list[float]:
+    axes = AXES[one.op]
+    seconds = {tuple(getattr(s, axis) for axis in axes): s.median_s for s in other.samples}
+    pairs = [(s.median_s, seconds[tuple(getattr(s, axis) for axis in axes)]) for s in one.samples]
+    return [max(pair) / min(pair) - 1 for pair in pairs]
+
+
+def summary_of(table: pd.DataFrame, found: Sequence[Calibration]) -> dict[str, Any]:
+    """Median and worst difference by step and kind of pair, and how well curves predict points left out of them."""
+    apart = differences(table)
+    summary: dict[str, Any] = {"device": found[0].profile.device}
+    for how in ("in turns", "apart"):
+        for step in STEPS:
+            own = apart.loc[(apart["calibrations"] == how) & (apart["step"] == step), "difference"]
+            key = f"{step}_{how.replace(' ', '_')}"
+            summary |= {f"{key}_median": float(own.median()), f"{key}_worst": float(own.max())}
+    left_out = [residuals(c for c in one.profile.curves if c.source == "measured") for one in found]
+    summary["left_out_median"] = max((r.median for own in left_out for r in own), default=0.0)
+    summary["left_out_worst"] = max((r.worst for own in left_out for r in own), default=0.0)
+    summary["slow_share"] = float(table["slow_share"].mean())
+    return summary
+
+
+@styled
+def figure(table: pd.DataFrame) -> Chart:
+    """Differences of every plan, in turns over apart."""
+    apart = differences(table)
+    policies = list(dict.fromkeys(apart["policy"]))
+    drawn, axes = chart(5.2, 1.0 + 0.22 * len(policies))
+    axes.axvline(100 * BAR, color=GREY, linestyle="--", label=f"bar of {BAR:.0%}")
+    kinds = [(step, how) for how in ("apart", "in turns") for step in STEPS]
+    for (step, how), color, marker in zip(kinds, SERIES, MARKERS, strict=False):
+        own = apart[(apart["step"] == step) & (apart["calibrations"] == how)]
+        heights = [len(policies) - 1 - policies.index(p) + (0.15 if how == "apart" else -0.15) for p in own["policy"]]
+        label = f"{step}, {how}"
+        axes.plot(100 * own["difference"], heights, marker, color=color, markersize=4, linestyle="none", label=label)
+    axes.set_yticks(range(len(policies)), policies[::-1])
+    axes.set(xlabel="predicted speeds of two calibrations differ by, %", title=str(table["model"].iloc[0]))
+    axes.set_xlim(left=0)
+    axes.grid(axis="x")
+    drawn.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    return drawn
+
+
+def run(name: str, config: Config, device: str, extent: Extent, workload: Workload, n_turns: int) -> list[Calibration]:
+    """All calibrations of a shape."""
+    return [one for group in range(GROUPS) for one in in_turns(name, config, device, extent, n_turns, group)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,31 +184,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, in seconds")
     parser.add_argument("--device", default="auto", help="auto, cuda:0 or emulated (default auto)")
-    parser.add_argument("--repeats", type=int, default=3, help="calibrations of each shape (default 3)")
+    parser.add_argument("--model", choices=SHAPES, action="append", help="which shapes (default all)")
     parser.add_argument(
-        "--out", type=Path, help=f"folder to write to (default {RESULTS.name}/calibration_repeats, none if --smoke)"
+        "--out", type=Path, help="folder, -MODEL is added (default results/calibration_repeats, none if --smoke)"
     )
     flags = parser.parse_args(argv)
-    shapes = {"tiny": TINY} if flags.smoke else SHAPES
+    shapes: Mapping[str, Config] = {"tiny": TINY} if flags.smoke else {n: SHAPES[n] for n in flags.model or SHAPES}
     workload = Workload(16, 4) if flags.smoke else Workload(100, 24)
-    repeats, extent = (2, SMOKE) if flags.smoke else (flags.repeats, QUICK)
-    profiles: dict[str, list[HardwareProfile]] = {name: [] for name in shapes}
-    for _ in range(repeats):
-        for name, config in shapes.items():
-            profiles[name].append(calibrated(name, config, flags.device, extent))
-    rows = [
-        row for name, config in shapes.items() for row in rows_of(from_config(config, name), profiles[name], workload)
-    ]
-    print(pd.DataFrame(rows).to_string(index=False, float_format=lambda v: f"{v:.4g}"))
-    summary = {
-        "device": rows[0]["device"],
-        "prefill_difference": difference(rows, "prefill_tok_s"),
-        "decode_difference": difference(rows, "decode_tok_s"),
-        "left_out_median": max(row["left_out_median"] for row in rows),
-        "left_out_worst": max(row["left_out_worst"] for row in rows),
-    }
+    extent, n_turns = (SMOKE, 2) if flags.smoke else (QUICK, round(QUICK.seconds))
     out = flags.out or (None if flags.smoke else RESULTS / "calibration_repeats")
-    record(out, {"workload": [workload.n_prompt, workload.n_gen], "repeats": repeats}, rows, summary)
+    for name, config in shapes.items():
+        _report(name, config, run(name, config, flags.device, extent, workload, n_turns), workload, out)
+
+
+def _report(name: str, config: Config, found: Sequence[Calibration], workload: Workload, out: Path | None) -> None:
+    rows = list(rows_of(name, config, found, workload))
+    table = pd.DataFrame(rows)
+    print(table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    print(curves_apart(found).to_string(float_format=lambda v: f"{v:.3f}"))
+    own = None if out is None else out.with_name(f"{out.name}-{name}")
+    if own is not None:
+        own.mkdir(parents=True, exist_ok=True)
+        figure(table).savefig(own / "figure.png")
+        for one in found:
+            one.profile.save(own / f"{one.group}.{one.number}.hardware.json")
+    settings = {"workload": [workload.n_prompt, workload.n_gen], "at_once": AT_ONCE, "groups": GROUPS}
+    record(own, settings, rows, summary_of(table, found))
 
 
 if __name__ == "__main__":

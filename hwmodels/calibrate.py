@@ -62,13 +62,14 @@ def summarise(work: Work, times_s: Sequence[float]) -> Sample:
 def samples(times_s: Mapping[Work, Sequence[Sequence[float]]]) -> tuple[Sample, ...]:
     """A curve's samples from repeats by round, where every round visited all points: what it did to all cancels.
 
-    A round's slowness is the median over points of its times relative to the point's own; times are divided by it, and
-    the middles of what is left (a median polish, Tukey 1977) come times the mean over rounds. So points of a curve
+    A round's slowness is the middle over points of its times relative to the point's own; times are divided by it, and
+    the middles of what is left (as a median polish, Tukey 1977) come times the mean over rounds. So points of a curve
     stand to each other as within a round, whatever the machine's speed was meanwhile; spreads are of the times as
-    measured.
+    measured. All rounds count: a stall is gone with a round's middle, and of a machine with two speeds the few rounds
+    of a part tell the share of each; without the outermost they would tell the more frequent one.
     """
     slowness = _slowness(times_s)
-    level = trimmed_mean(slowness)
+    level = statistics.fmean(slowness)
     return tuple(
         replace(summarise(work, [t for own in rounds for t in own]), median_s=level * _evened(rounds, slowness))
         for work, rounds in times_s.items()
@@ -84,7 +85,7 @@ def _slowness(times_s: Mapping[Work, Sequence[Sequence[float]]]) -> list[float]:
     for _ in range(_POLISHES):
         middle_s = {work: _evened(rounds, slowness) for work, rounds in times_s.items()}
         slowness = [
-            statistics.median(
+            _middle(
                 [
                     statistics.median(rounds[number]) / middle_s[work]
                     for work, rounds in times_s.items()
@@ -104,9 +105,13 @@ def _evened(rounds: Sequence[Sequence[float]], slowness: Sequence[float]) -> flo
     Where a time is one of two by chance, as of a copy whose thread must wait for a core or not, the median is one of
     them and jumps from point to point; what a plan pays is between.
     """
-    times_s = sorted(t / slow for own, slow in zip(rounds, slowness, strict=True) for t in own)
-    cut = len(times_s) // 4
-    return statistics.fmean(times_s[cut : len(times_s) - cut])
+    return _middle([t / slow for own, slow in zip(rounds, slowness, strict=True) for t in own])
+
+
+def _middle(values: Sequence[float]) -> float:
+    """Mean of the middle half."""
+    cut = len(values) // 4
+    return statistics.fmean(sorted(values)[cut : len(values) - cut])
 
 
 def repeats(values: Sequence[float]) -> Repeats:

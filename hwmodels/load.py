@@ -10,6 +10,9 @@ from pathlib import Path
 BUSY_SHARE = 0.1
 """Share of all cores taken by others from which on a measurement is marked."""
 
+LEAST_S = 0.25
+"""Shorter, the system's clock ticks (10 ms each on every core) and what it books late decide what others took."""
+
 _STAT = Path("/proc/stat")
 
 
@@ -29,14 +32,13 @@ class LoadMeter:
     def others(self) -> float | None:
         """Share of all cores that other processes (and the host of a virtual machine) took since the start.
 
-        None where the system does not tell.
+        None where the system does not tell, and within LEAST_S of the start.
         """
-        now_s = _busy_s()
-        if now_s is None or self.busy_s is None:
+        now_s, wall_s = _busy_s(), time.perf_counter() - self.wall_s
+        if now_s is None or self.busy_s is None or wall_s < LEAST_S:
             return None
         own_s = time.process_time() - self.own_s
-        capacity_s = (time.perf_counter() - self.wall_s) * (os.cpu_count() or 1)
-        return min(1.0, max(0.0, (now_s - self.busy_s - own_s) / capacity_s)) if capacity_s > 0 else 0.0
+        return min(1.0, max(0.0, (now_s - self.busy_s - own_s) / (wall_s * (os.cpu_count() or 1))))
 
 
 def _busy_s() -> float | None:

@@ -7,9 +7,12 @@ without the fastest and the slowest (hwmodels.calibrate.trimmed_mean).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from statistics import fmean, median, stdev
 from typing import TypeVar
 
 from hwmodels.calibrate import Part, fastest, trimmed_mean, with_best_laws
@@ -17,6 +20,7 @@ from hwmodels.errors import FormatError
 from hwmodels.profile import AXES, Cold, Contention, Curve, HardwareProfile, Repeats, Sample
 
 _LOAD = "others_load"
+_Mean = Callable[[Sequence[float]], float]
 T = TypeVar("T")
 
 
@@ -33,7 +37,7 @@ def pooled(profiles: Sequence[HardwareProfile]) -> HardwareProfile:
         return first
     for other in others:
         _check_alike(first, other)
-    curves = tuple(_curve(same) for same in zip(*(_ordered(p.curves) for p in profiles), strict=True))
+    curves = tuple(_curve(same, trimmed_mean) for same in zip(*(_ordered(p.curves) for p in profiles), strict=True))
     notes = dict.fromkeys(note for p in profiles for note in p.notes)
     return replace(
         first,
@@ -45,26 +49,58 @@ def pooled(profiles: Sequence[HardwareProfile]) -> HardwareProfile:
         curves=curves,
         handoff_s={pair: trimmed_mean(found) for pair, found in _by_pair(p.handoff_s for p in profiles).items()},
         handoff_repeats=_handoff_repeats(profiles),
-        contention=tuple(_contention(same) for same in zip(*(p.contention for p in profiles), strict=True)),
-        cold=tuple(_cold(same) for same in zip(*(p.cold for p in profiles), strict=True)),
+        contention=tuple(
+            _contention(same, trimmed_mean) for same in zip(*(p.contention for p in profiles), strict=True)
+        ),
+        cold=tuple(_cold(same, trimmed_mean) for same in zip(*(p.cold for p in profiles), strict=True)),
         notes=(f"The mean of {len(profiles)} calibrations, the first of {first.created}.", *notes),
     )
 
 
 def pooled_part(parts: Sequence[Part]) -> Part:
-    """What several passes over one part of a calibration say of it: every number the trimmed mean of theirs."""
+    """What several passes over one part of a calibration say of it: every number the mean of theirs.
+
+    Of all: a pass lasts long enough for no single stall to throw it, and three without two would be one.
+    """
     first, *others = parts
     if not others:
         return first
     loads = [part.others_load for part in parts if part.others_load is not None]
     return Part(
-        curves=tuple(_curve(same) for same in zip(*(_ordered(p.curves) for p in parts), strict=True)),
-        handoff_s={pair: trimmed_mean(found) for pair, found in _by_pair(p.handoff_s for p in parts).items()},
+        curves=tuple(_curve(same, fmean) for same in zip(*(_ordered(p.curves) for p in parts), strict=True)),
+        handoff_s={pair: fmean(found) for pair, found in _by_pair(p.handoff_s for p in parts).items()},
         handoff_repeats=_handoff_repeats(parts),
-        contention=tuple(_contention(same) for same in zip(*(p.contention for p in parts), strict=True)),
-        cold=tuple(_cold(same) for same in zip(*(p.cold for p in parts), strict=True)),
+        contention=tuple(_contention(same, fmean) for same in zip(*(p.contention for p in parts), strict=True)),
+        cold=tuple(_cold(same, fmean) for same in zip(*(p.cold for p in parts), strict=True)),
         others_load=max(loads, default=None),
     )
+
+
+def uncertainty(passes: Sequence[Mapping[str, Part]]) -> float:
+    """Standard error of the mean over passes, as a share of it; of attention, MLPs and weights the worst curve's.
+
+    A curve's level in a pass is the median over points of the time over the point's mean over passes. Infinite for
+    less than two passes.
+    """
+    if len(passes) < 2:
+        return math.inf
+    found = [0.0]
+    for name in passes[0]:
+        for same in zip(*(_ordered(own[name].curves) for own in passes), strict=True):
+            if same[0].op in _DECIDING:
+                found.append(stdev(_levels(same)) / math.sqrt(len(passes)))
+    return max(found)
+
+
+_DECIDING = ("attn", "ffn", "pinned")
+
+
+def _levels(same: Sequence[Curve]) -> list[float]:
+    """Of each of the curves: how slow it is, relative to their mean."""
+    points = list(zip(*(sorted(curve.samples, key=partial(_point, curve)) for curve in same), strict=True))
+    means = [fmean(s.median_s for s in point) for point in points]
+    shares = [[s.median_s / mean for s in point] for point, mean in zip(points, means, strict=True) if mean]
+    return [median(own) for own in zip(*shares, strict=True)]
 
 
 def _check_alike(one: HardwareProfile, other: HardwareProfile) -> None:
@@ -100,19 +136,19 @@ def _point(curve: Curve, sample: Sample) -> tuple[float, float]:
     return float(getattr(sample, x)), float(getattr(sample, y))
 
 
-def _curve(same: Sequence[Curve]) -> Curve:
+def _curve(same: Sequence[Curve], mean: _Mean) -> Curve:
     points: dict[tuple[float, float], list[Sample]] = defaultdict(list)
     for curve in same:
         for sample in curve.samples:
             points[_point(curve, sample)].append(sample)
-    return with_best_laws(replace(same[0], samples=tuple(_sample(found) for found in points.values())))
+    return with_best_laws(replace(same[0], samples=tuple(_sample(found, mean) for found in points.values())))
 
 
-def _sample(found: Sequence[Sample]) -> Sample:
+def _sample(found: Sequence[Sample], mean: _Mean) -> Sample:
     medians_s = [s.median_s for s in found]
     return replace(
         found[0],
-        median_s=trimmed_mean(medians_s),
+        median_s=mean(medians_s),
         spread_s=_spread(medians_s, [s.spread_s for s in found]),
         count=sum(s.count for s in found),
         outliers=sum(s.outliers for s in found),
@@ -142,21 +178,19 @@ def _handoff_repeats(profiles: Sequence[HardwareProfile] | Sequence[Part]) -> di
     return {pair: _repeats(values[pair], found) for pair, found in known.items()}
 
 
-def _contention(same: Sequence[Contention]) -> Contention:
+def _contention(same: Sequence[Contention], mean: _Mean) -> Contention:
     first = same[0]
     return replace(
         first,
-        rate={name: trimmed_mean([c.rate[name] for c in same]) for name in first.rate},
+        rate={name: mean([c.rate[name] for c in same]) for name in first.rate},
         repeats={
             name: _repeats([c.rate[name] for c in same], [c.repeats[name] for c in same]) for name in first.repeats
         },
     )
 
 
-def _cold(same: Sequence[Cold]) -> Cold:
+def _cold(same: Sequence[Cold], mean: _Mean) -> Cold:
     known = [c.repeats for c in same if c.repeats is not None]
     factors = [c.factor for c in same]
     repeats = _repeats(factors, known) if known else None
-    return replace(
-        same[0], waited_s=trimmed_mean([c.waited_s for c in same]), factor=trimmed_mean(factors), repeats=repeats
-    )
+    return replace(same[0], waited_s=mean([c.waited_s for c in same]), factor=mean(factors), repeats=repeats)

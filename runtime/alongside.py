@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -27,15 +28,14 @@ class Alongside:
     def turn(self) -> None:
         """Measure until as much of the time is spent as turns have been taken."""
         self._n_taken += 1
-        goal = min(1.0, self._n_taken / self._n_turns)
-        while self._share() < goal and not self._is_finished():
-            self._advance()
+        self._advance_to(min(1.0, self._n_taken / self._n_turns))
 
     def profile(self) -> HardwareProfile:
         """What was found; what turns have left over is measured now."""
-        while not self._is_finished():
-            self._advance()
-        return self._profile_of({name: self._found[name] for name in self._parts})
+        self._advance_to(math.inf)
+        loads = {name: max(part.loads, default=None) for name, part in self._parts.items()}
+        found = {name: replace(self._found[name], others_load=loads[name]) for name in self._parts}
+        return self._profile_of(found)
 
     def _is_finished(self) -> bool:
         return len(self._found) == len(self._parts)
@@ -44,16 +44,21 @@ class Alongside:
         whole = sum(part.share for part in self._parts.values())
         return sum(part.share * self._shares[name] for name, part in self._parts.items()) / whole
 
-    def _advance(self) -> None:
+    def _advance_to(self, goal: float) -> None:
+        """Measure until so much is done. What others took is asked once, of all that was measured: rounds are short."""
+        meter, names = LoadMeter.start(), set[str]()
+        while self._share() < goal and not self._is_finished():
+            names.add(self._advance())
+        load = meter.others()
+        for name in names:
+            self._parts[name].loads += [] if load is None else [load]
+
+    def _advance(self) -> str:
         name = min((name for name in self._parts if name not in self._found), key=self._shares.__getitem__)
-        part, meter = self._parts[name], LoadMeter.start()
         if name not in self._runs:
-            self._runs[name] = part.begin()
+            self._runs[name] = self._parts[name].begin()
         try:
             self._shares[name] = next(self._runs[name])
         except StopIteration as end:
-            found: Part = end.value
-            self._shares[name], self._found[name] = 1.0, replace(found, others_load=max(part.loads, default=None))
-        else:
-            load = meter.others()
-            part.loads += [] if load is None else [load]
+            self._shares[name], self._found[name] = 1.0, end.value
+        return name

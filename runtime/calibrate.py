@@ -19,6 +19,7 @@ variants   MLP parts on the CPU with other numbers of threads, and in other type
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,20 +28,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.activations import ACT2FN
 
 from hwmodels.calibrate import Part, fastest, merged, remarks
 from hwmodels.machine import fingerprint, read_machine
-from hwmodels.pool import pooled_part
+from hwmodels.pool import pooled_part, uncertainty
 from hwmodels.profile import RESOURCES, Curve, HardwareProfile, Resource
-from runtime import native
 from runtime.adapter import Adapter
 from runtime.alongside import Alongside
+from runtime.capacity import device_bytes, host_bytes, software
 from runtime.checkpoint import read_config
 from runtime.coldstart import WAITING, measure_cold
 from runtime.devices import device_name, open_device
-from runtime.gpu import gpus
 from runtime.microbench import MicroBench
 from runtime.projection import FEW_ROWS
 from runtime.resume import KeptParts, measurement_key
@@ -48,12 +47,11 @@ from runtime.rounds import Effort, Measuring, finish
 from runtime.session import PlannedModel
 from runtime.standin import StandIn, built, measure_apart, measure_overlapped, measure_rest
 from runtime.synthetic import DEFAULT_CONFIG, shrunk
-from runtime.turns import Turn, glance, progress_bar, take_turns, tell
+from runtime.turns import Turn, glance, one_more, progress_bar, take_turns, tell
 from sim.model import ModelSpec
 from sim.plan import Place
 
 _STAND_IN_BYTES = 256 << 20  # weights of the model that stands for the real one: several times any cache
-_SLACK_BYTES = 64 << 20  # blocks of the device's allocator are rounded up
 _PINNED_BYTES = tuple(1 << i for i in (14, 16, 18, 19, 20, 22, 24, 26))
 _PAGEABLE_BYTES = tuple(1 << i for i in (14, 16, 18, 20, 22, 24))
 SETS: tuple[tuple[Resource, ...], ...] = (("CPU", "GPU"), ("CPU", "H2D"), ("GPU", "H2D"), ("CPU", "GPU", "H2D"))
@@ -66,7 +64,8 @@ _COMPUTING_TOKENS = 64  # far beyond the ridge of a CPU: some 10 tokens
 class Extent:
     """What is measured and how long: tokens of a step, tokens in the cache before it, rounds, seconds of a pass.
 
-    slice_s is how long a set of resources works together in a round. Of several passes the mean counts.
+    slice_s is how long a set of resources works together in a round. Of several passes the mean counts; there are
+    more, up to most_passes, while its standard error is above KNOWN_SHARE.
     """
 
     n_tokens: tuple[int, ...]
@@ -77,6 +76,7 @@ class Extent:
     slice_s: float
     variants: bool
     passes: int = 1
+    most_passes: int = 1
 
     def effort(self, share: float) -> Effort:
         """Rounds of a part that may take a share of the time."""
@@ -86,8 +86,10 @@ class Extent:
 # Kernels change from one token to the next up to 9: matrix-vector, tiles of 2, 4 and more rows, and from FEW_ROWS on
 # projections by other kernels.
 _FEW = (*range(1, FEW_ROWS + 2), 12, 16, 24, 32)
+KNOWN_SHARE = 0.02
+"""Standard error of a curve's mean over passes that is small enough: two such calibrations differ by some 3 %."""
 QUICK = Extent((*_FEW, 64, 128, 256), (0, 256), 3, 20, 42.0, 0.08, False)
-FULL = Extent((*_FEW, 48, 64, 96, 128, 192, 256, 512), (0, 128, 512, 2048), 3, 60, 60.0, 0.25, True, 3)
+FULL = Extent((*_FEW, 48, 64, 96, 128, 192, 256, 512), (0, 128, 512, 2048), 3, 60, 60.0, 0.25, True, 3, 5)
 ALONGSIDE = replace(QUICK, least=12, most=1000, seconds=240.0)
 """For a calibration beside some minutes of runs."""
 SMOKE = Extent((1, 4, 16), (0,), 1, 1, 1.0, 0.01, False)
@@ -161,16 +163,21 @@ def calibrate(
 ) -> HardwareProfile:
     """Measure this machine for the shapes of a checkpoint's config (None: a small Llama's).
 
-    Takes under a minute with quick and some five without, longer for layers that take the machine seconds; extent
+    Takes under a minute with quick and five to eight without, longer for layers that take the machine seconds; extent
     overrules quick. dtype is the config's unless given. What makes the numbers doubtful, above all a busy machine,
     stands in the profile's notes. Interrupted, it goes on where it was if called again within an hour. Raises
     ModelError for a config that is not supported, PlanError for a device that is not here.
     """
     job = _job(folder, device, cpu_threads, dtype, extent or (QUICK if quick else FULL))
     kept = KeptParts.of(measurement_key(job.spec, job.device, cpu_threads, job.extent))
-    parts = _measure(job, kept, f"calibrate for {job.spec.name}", progress)
+    passes = _measure(job, kept, f"calibrate for {job.spec.name}", progress)
     kept.clear()
-    return _profile(job, parts)
+    profile = _profile(job, {name: pooled_part([own[name] for own in passes]) for name in passes[0]})
+    unsure = uncertainty(passes)
+    if KNOWN_SHARE < unsure < math.inf:
+        note = f"The mean of {len(passes)} passes has a standard error of {unsure:.0%}: the machine's speed changes."
+        profile = replace(profile, notes=(*profile.notes, note))
+    return profile
 
 
 @contextmanager
@@ -201,7 +208,7 @@ def _profile(job: _Job, parts: Mapping[str, Part]) -> HardwareProfile:
         name=f"{job.device.partition(':')[0]}-{job.spec.name}",
         device="emulated" if job.device == "emulated" else "cuda",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        fingerprint={**fingerprint(), **_software(job.device), "others_load": _percent(parts)},
+        fingerprint={**fingerprint(), **software(job.device), "others_load": _percent(parts)},
         vram_bytes=job.device_bytes,
         host_bytes=host_bytes(),
         cpu_threads=_threads(parts["rest on the CPU"].curves),
@@ -227,20 +234,28 @@ def _within(extent: Extent, spec: ModelSpec) -> Extent:
 _Measure = Callable[[_Rig, Effort], Measuring]
 
 
-def _measure(job: _Job, kept: KeptParts, title: str, progress: bool) -> dict[str, Part]:
-    """All parts by name, the mean over all passes; those that are kept already are not measured again."""
-    plan = _plan(job)
-    passes = [{name: f"{name} {number}" for name in plan} for number in range(1, job.extent.passes + 1)]
-    found = {key: part for keys in passes for key in keys.values() if (part := kept.load(key)) is not None}
+def _measure(job: _Job, kept: KeptParts, title: str, progress: bool) -> list[dict[str, Part]]:
+    """All parts by name, of every pass; those that are kept already are not measured again."""
+    names, extent = list(_plan(job)), job.extent
+    keys = [{name: f"{name} {number}" for name in names} for number in range(1, extent.most_passes + 1)]
+    found = {key: part for own in keys for key in own.values() if (part := kept.load(key)) is not None}
+    passes: list[dict[str, Part]] = []
     with progress_bar(title, progress) as bar:
         if found:
-            tell(bar, f"going on: {len(found)} of {len(passes) * len(plan)} parts were measured within the last hour")
+            tell(
+                bar, f"going on: {len(found)} of {extent.passes * len(names)} parts were measured within the last hour"
+            )
         glance(bar)
-        for keys in passes:
+        for own in keys:
+            if len(passes) >= extent.passes:
+                if uncertainty(passes) <= KNOWN_SHARE:
+                    break
+                one_more(bar, extent.passes)
             with ExitStack() as stack:
-                runs = {keys[name]: turn for name, turn in _turns(_Rig(job, stack)).items()}
-                take_turns(runs, found, kept, bar, 100 / len(passes))
-    return {name: pooled_part([found[keys[name]] for keys in passes]) for name in plan}
+                runs = {own[name]: turn for name, turn in _turns(_Rig(job, stack)).items()}
+                take_turns(runs, found, kept, bar, 100 / extent.passes)
+            passes.append({name: found[own[name]] for name in names})
+    return passes
 
 
 def _plan(job: _Job) -> dict[str, tuple[float, _Measure]]:
@@ -341,30 +356,6 @@ def yardstick(folder: Path, device: str = "auto", cpu_threads: int | None = None
         return tuple(finish(bench.stream_curves(Effort(3, 20, 1.0))))
 
 
-# -- what the machine is ------------------------------------------------------------------------------
-
-
-def host_bytes() -> int:
-    """Bytes of host memory that can be had now: container limits and what other programs hold are respected."""
-    return read_machine().free_bytes
-
-
-def device_bytes(device: str) -> int:
-    """Bytes of device memory that can be had now: of an emulated device half of the host's, of a GPU by trying."""
-    if device == "emulated":
-        return host_bytes() // 2
-    free_bytes, _ = torch.cuda.mem_get_info(torch.device(device))
-    n_bytes = free_bytes + int(torch.cuda.memory_reserved(torch.device(device))) - _SLACK_BYTES
-    while n_bytes > 0:
-        try:
-            torch.empty(n_bytes, dtype=torch.uint8, device=device)
-            break
-        except torch.OutOfMemoryError:
-            n_bytes = int(0.95 * n_bytes)
-    torch.cuda.empty_cache()
-    return n_bytes
-
-
 def _threads(curves: tuple[Curve, ...]) -> int:
     return max(curve.threads for curve in curves)
 
@@ -372,14 +363,3 @@ def _threads(curves: tuple[Curve, ...]) -> int:
 def _percent(parts: Mapping[str, Part]) -> str:
     loads = [part.others_load for part in parts.values() if part.others_load is not None]
     return f"up to {max(loads):.0%}" if loads else "unknown"
-
-
-def _software(device: str) -> dict[str, str]:
-    found: dict[str, str] = {"torch": str(torch.__version__), "kernels": native.describe()}
-    if device != "emulated":
-        index = torch.device(device).index or 0
-        gpu = gpus()[index]
-        found |= {"gpu": gpu.name, "cuda": str(torch.version.cuda), "driver": gpu.driver or "unknown"}
-        found["gpu_memory_bytes"] = str(gpu.vram_bytes)
-        found["link"] = f"PCIe {gpu.link_gen_max} x{gpu.link_width}" if gpu.link_width else "unknown"
-    return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,23 @@ from runtime.routing import Routed
 from runtime.skeleton import decoder_layers
 
 _DETACHED = "the model is closed and its weights are gone; load it again"
+_NO_STATE = (
+    "the model runs by a plan: its MLPs are cut and not among its parameters, so it neither gives nor takes a state "
+    "dict; use the one of the model that transformers loads from the same checkpoint"
+)
 
 
-class PartitionedMlp(nn.Module):
+class _Partitioned(nn.Module):
+    """An MLP without parameters: whatever holds one has no state dict, where it would be missing without a word."""
+
+    def _save_to_state_dict(self, *args: Any) -> NoReturn:
+        raise ExecutionError(_NO_STATE)
+
+    def _load_from_state_dict(self, *args: Any) -> NoReturn:
+        raise ExecutionError(_NO_STATE)
+
+
+class PartitionedMlp(_Partitioned):
     """A dense MLP that an executor runs: [..., D] -> [..., D]."""
 
     def __init__(self, layer: int) -> None:
@@ -38,7 +52,7 @@ class PartitionedMlp(nn.Module):
         return self.executor.run_mlp(self.layer, rows, None).reshape(x.shape)
 
 
-class PartitionedExperts(nn.Module):
+class PartitionedExperts(_Partitioned):
     """Routed experts that an executor runs, with the call that transformers 5 makes."""
 
     def __init__(self, layer: int, n_experts: int) -> None:

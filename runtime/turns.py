@@ -78,6 +78,12 @@ def progress_bar(title: str, shown: bool) -> tqdm[Any]:
     return tqdm(total=100, desc=title, bar_format=_BAR, disable=not shown, leave=False)
 
 
+def one_more(bar: tqdm[Any], passes: int) -> None:
+    """Another pass, beyond so many that the bar was made for."""
+    bar.total = (bar.total or 0) + 100 / passes
+    bar.refresh()
+
+
 def tell(bar: tqdm[Any], text: str) -> None:
     """A line above the bar, if it is shown."""
     if not bar.disable:

@@ -72,6 +72,16 @@ def test_it_is_not_saved_without_its_mlps(model: PlannedModel, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("part", ["", "model", "model.layers.0"])
+def test_there_is_no_state_dict_without_its_mlps(part: str, model: PlannedModel, mixtral: Path) -> None:
+    asked = model.get_submodule(part)
+    with pytest.raises(ExecutionError, match="neither gives nor takes a state dict; use the one of the model that"):
+        asked.state_dict()
+    with pytest.raises(ExecutionError, match="neither gives nor takes a state dict"):
+        asked.load_state_dict(eager(mixtral).get_submodule(part).state_dict(), strict=False)
+    assert greedy(model, tokens(5), 4) == greedy(eager(mixtral), tokens(5), 4)
+
+
 @pytest.mark.parametrize(
     "change", [torch.nn.Module.half, torch.nn.Module.double, lambda m: m.to(torch.bfloat16), lambda m: m.to("meta")]
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -302,6 +304,25 @@ def test_a_closed_device_says_so() -> None:
     device.close()
     with pytest.raises(ExecutionError, match="task send: the device is closed"):
         device.issue([task("send", "H2D")], {"send": lambda: None})
+
+
+def test_an_interrupt_at_any_moment_leaves_a_thread_its_cores_and_its_number_of_threads(device: EmulatedDevice) -> None:
+    cores, n_threads, draw, came = os.sched_getaffinity(0), torch.get_num_threads(), random.Random(0), 0
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for _ in range(2000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 + 1e-4 * draw.random())
+                for _ in range(20):
+                    with device.driving():
+                        pass
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+            except KeyboardInterrupt:
+                came += 1
+            assert (os.sched_getaffinity(0), torch.get_num_threads()) == (cores, n_threads)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert came > 0
 
 
 def test_driving_nests_and_another_thread_waits_its_turn(device: EmulatedDevice) -> None:

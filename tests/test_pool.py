@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from hwmodels.calibrate import Part
 from hwmodels.errors import FormatError
-from hwmodels.pool import pooled, pooled_part
+from hwmodels.pool import pooled, pooled_part, uncertainty
 from hwmodels.profile import Cold, Contention, Curve, HardwareProfile, Peak, Repeats, Sample, load_profile
 
 PEAK = Peak({"float32": 1.0}, 1.0, efficiency=1.0, fixed_s=0.0, source="measured")
@@ -63,6 +64,14 @@ def test_passes_over_a_part_count_with_their_mean():
     assert found.handoff_repeats["CPU>GPU"] == Repeats(0.25, 6)
     assert (found.contention[0].rate["CPU"], found.cold[0].waited_s) == (0.375, 1.5)
     assert pooled_part([two]) == two
+
+
+def test_what_passes_differ_by_tells_how_well_their_mean_is_known():
+    # two passes of 0.9 and 1.1 of their mean: a standard deviation of 0.14, over the root of two
+    one, two = ({"mlp": Part(calibrated(level).curves)} for level in (0.9, 1.1))
+    assert uncertainty([one, two]) == pytest.approx(0.1)
+    assert uncertainty([one, one, one]) == 0.0
+    assert uncertainty([one]) == math.inf
 
 
 def test_spreads_are_at_least_what_calibrations_differ_by_and_counts_add_up():

@@ -160,15 +160,22 @@ class EmulatedDevice:
             if self._is_driven:
                 yield
                 return
-            cores, n_threads = os.sched_getaffinity(0), torch.get_num_threads()
+            own = os.sched_getaffinity(0), torch.get_num_threads()
             try:
                 self._is_driven = True
                 self._take_share()
                 yield
             finally:
-                self._is_driven = False
-                take_threads(n_threads, by_kernel=False)
-                os.sched_setaffinity(0, cores)
+                try:
+                    self._give_share_back(*own)
+                finally:  # an interrupt may come within, and the thread would stay on its share of the cores
+                    if self._is_driven:
+                        self._give_share_back(*own)
+
+    def _give_share_back(self, cores: set[int], n_threads: int) -> None:
+        os.sched_setaffinity(0, cores)
+        take_threads(n_threads, by_kernel=False)
+        self._is_driven = False
 
     def work_at(self, place: Place, by_kernel: bool) -> None:
         """What the calling thread does from now on is the accelerator's, or the CPU's in a plan's CPU layers."""
