@@ -7,8 +7,13 @@ The machine is a slice of a Zen 5 server: two cores, one of them the emulated de
 profile here knows what AMD and the link's setting say and no measurement. Three plans of one placement run for real,
 and each is predicted from the data sheets and, for comparison, from a calibration.
 
-One should see the data sheets within a quarter of the measurement, the calibration within some per cent. On another
-machine the figures below are wrong, and so is the answer.
+A virtual core is a hardware thread: what a core's data sheet says holds while the core's other thread, of another
+tenant, rests. So there are two predictions, `datasheet` for cores alone and `siblings` for threads beside busy ones
+(hwmodels.catalog.SMT_SHARE). Which of them applies is told by the pace of the cores beside the runs, a loop of
+Python, and by nothing that is predicted here.
+
+One should see the one that applies within a quarter of the measurement, the calibration within some per cent. On
+another machine the figures below are wrong, and so is the answer.
 """
 
 from __future__ import annotations
@@ -17,55 +22,37 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 
 from experiments.overlap import TINY, Config, calibrated, plans, taking_turns
 from experiments.record import RESULTS, record
+from hwmodels.catalog import SMT_SHARE, beside_siblings
+from hwmodels.pace import SLOW, watch
 from hwmodels.parts import GEMM_SHARE, GPU_EFFICIENCY, Gpu, Host, Link, put_together
 from hwmodels.profile import HardwareProfile
 from hwmodels.schema import to_json
 from runtime.calibrate import QUICK, SMOKE, Extent
 from runtime.devices.emulated import Link as EmulatedLink
 from runtime.measure import median_run
-from sim.model import from_config
+from sim.model import ModelSpec, from_config
 from sim.simulate import simulate
 from sim.workload import Workload
 
+STEPS = ("prompt", "decode")
 BAR = 0.25
 """Error of a data sheet's prediction that is still called right."""
 _CLOCK_GHZ = 4.1  # all-core boost of the 96- and 128-core parts
 # Zen 5 has two FMAs of 16 numbers in servers, which the kernel uses for MLPs; MKL, which torch calls for all else,
-# takes its 256-bit path on AMD. Of a layer's FLOPs, with as many heads for keys as for queries, 3 x 5632 of
-# 3 x 5632 + 4 x 2048 are the MLP's.
-_MLP_SHARE = 3 * 5632 / (3 * 5632 + 4 * 2048)
-_FLOP_PER_CYCLE = 1 / (_MLP_SHARE / 64 + (1 - _MLP_SHARE) / 32)
+# takes its 256-bit path on AMD.
+_MLP_FLOP_PER_CYCLE, _REST_FLOP_PER_CYCLE = 64, 32
+_WATCH_S = 1.0
+_SLOW = 0.5  # share of slow loops from which on cores count as shared
 # A die's fabric link reads 32 bytes per cycle at 2 GHz; two cores of one die share it. Streams reach 360 of 461 GB/s
 # nominal on an EPYC of the generation before (likwid, published).
 _CORE_GBPS = 32.0 * 360 / 461
-# A core reaches a core's share of its peak, not a GPU's, which composing a profile takes for granted.
-_DEVICE_TFLOPS = _CLOCK_GHZ * _FLOP_PER_CYCLE / 1e3 * GEMM_SHARE / GPU_EFFICIENCY
-HOST = Host(
-    name="one core of an AMD EPYC 9005 (Zen 5)",
-    cores=1,
-    clock_GHz=(_CLOCK_GHZ, "datasheet"),
-    float32_flop_per_cycle=(_FLOP_PER_CYCLE, "estimated"),
-    bfloat16_speedup=(2.0, "estimated"),
-    memory_GBps=(_CORE_GBPS, "estimated"),
-    gemv_share=(0.8, "estimated"),
-    ram_GiB=(24.0, "datasheet"),
-    pcie="emulated",
-)
-CORE_AS_GPU = Gpu(
-    name="another core as the emulated device",
-    vram_GiB=(12.0, "datasheet"),
-    memory_GBps=(_CORE_GBPS, "estimated"),
-    float16_tflops=(_DEVICE_TFLOPS, "estimated"),
-    bfloat16_tflops=(_DEVICE_TFLOPS, "estimated"),
-    float32_tflops=(_DEVICE_TFLOPS, "estimated"),
-    pcie="emulated",
-)
 SHAPE: Config = {
     "model_type": "llama",
     "hidden_size": 2048,
@@ -80,24 +67,72 @@ SHAPE: Config = {
 }
 
 
-def datasheet_profile() -> HardwareProfile:
+def flop_per_cycle(spec: ModelSpec) -> float:
+    """Float32 FLOPs of a core in a cycle, by the shares of MLP and attention in a layer's FLOPs."""
+    mlp = spec.ffn_work(0, 1, spec.layers[0].ffn.columns).flops
+    rest = spec.attention_work(0, 1, 1).flops
+    return (mlp + rest) / (mlp / _MLP_FLOP_PER_CYCLE + rest / _REST_FLOP_PER_CYCLE)
+
+
+def parts(spec: ModelSpec) -> tuple[Host, Gpu]:
+    """A core that has the host's part, and one that is the device.
+
+    It reaches a core's share of its peak, not a GPU's, which composing a profile takes for granted.
+    """
+    each = flop_per_cycle(spec)
+    tflops = _CLOCK_GHZ * each / 1e3 * GEMM_SHARE / GPU_EFFICIENCY
+    host = Host(
+        name="one core of an AMD EPYC 9005 (Zen 5)",
+        cores=1,
+        clock_GHz=(_CLOCK_GHZ, "datasheet"),
+        float32_flop_per_cycle=(each, "estimated"),
+        bfloat16_speedup=(2.0, "estimated"),
+        memory_GBps=(_CORE_GBPS, "estimated"),
+        gemv_share=(0.8, "estimated"),
+        ram_GiB=(24.0, "datasheet"),
+        pcie="emulated",
+    )
+    device = Gpu(
+        name="another core as the emulated device",
+        vram_GiB=(12.0, "datasheet"),
+        memory_GBps=(_CORE_GBPS, "estimated"),
+        float16_tflops=(tflops, "estimated"),
+        bfloat16_tflops=(tflops, "estimated"),
+        float32_tflops=(tflops, "estimated"),
+        pcie="emulated",
+    )
+    return host, device
+
+
+def datasheet_profile(spec: ModelSpec) -> HardwareProfile:
     """The machine as its data sheets have it."""
+    host, device = parts(spec)
     link = EmulatedLink()
     pinned, pageable = link.pinned_bytes_per_s / 1e9, link.pageable_bytes_per_s / 1e9
     paced = Link("emulated link", pinned, (pinned, "datasheet"), (pageable, "datasheet"))
-    return replace(put_together(CORE_AS_GPU, HOST, paced, "datasheet"), device="emulated")
+    return replace(put_together(device, host, paced, "datasheet"), device="emulated")
 
 
 def run(config: Config, workload: Workload, repetitions: int, extent: Extent) -> list[dict[str, Any]]:
     """A row per plan and step: measured, predicted from data sheets, predicted from a calibration."""
     spec, device = from_config(config, "llama-like"), "emulated"
-    profiles = {"datasheet": datasheet_profile(), "calibrated": calibrated(spec.name, config, device, extent)}
+    whole = datasheet_profile(spec)
+    profiles = {
+        "datasheet": whole,
+        "siblings": beside_siblings(whole, resources=("CPU", "GPU")),
+        "calibrated": calibrated(spec.name, config, device, extent),
+    }
     own = plans(spec, workload)
+    before_s = [watch(_WATCH_S).fastest_s for _ in range(2)]
+    runs = taking_turns(config, own, workload, device, repetitions)
+    fastest_s = min(*before_s, *(s for found in runs for one in found for s in one.loops_s))
     rows = []
-    for plan, found in zip(own, taking_turns(config, own, workload, device, repetitions), strict=True):
+    for plan, found in zip(own, runs, strict=True):
+        loops_s = [s for one in found for s in one.loops_s]
+        slow_share = fmean(s >= SLOW * fastest_s for s in loops_s)
         shown = median_run(found)
         predicted = {n: simulate(spec, plan, profile, workload, shown.routing) for n, profile in profiles.items()}
-        for step in ("prompt", "decode"):
+        for step in STEPS:
             measured_s = shown.ttft_s if step == "prompt" else shown.tpot_s
             seconds = {n: t.ttft_s if step == "prompt" else t.tpot_s for n, t in predicted.items()}
             rows.append(
@@ -107,6 +142,9 @@ def run(config: Config, workload: Workload, repetitions: int, extent: Extent) ->
                     "device": device,
                     "step": step,
                     "others_load": shown.others_load,
+                    "loop_ms": 1e3 * fmean(loops_s),
+                    "slow_share": slow_share,
+                    "applies": "siblings" if slow_share >= _SLOW else "datasheet",
                     "measured_s": measured_s,
                     **{f"{n}_s": s for n, s in seconds.items()},
                     **{f"{n}_error": s / measured_s - 1 for n, s in seconds.items()},
@@ -115,13 +153,32 @@ def run(config: Config, workload: Workload, repetitions: int, extent: Extent) ->
     return rows
 
 
-def verdict(summary: Mapping[str, float]) -> str:
+def worst(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The largest error by step of each prediction, and of that which applies by the pace."""
+
+    def of(row: Mapping[str, Any], name: str) -> float:
+        return float(row[f"{row['applies'] if name == 'applying' else name}_error"])
+
+    names = ("datasheet", "siblings", "applying", "calibrated")
+    return {
+        f"worst_{name}_{step}_error": max((of(r, name) for r in rows if r["step"] == step), key=abs)
+        for name in names
+        for step in STEPS
+    }
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
     """By how much the data sheets missed, beside the bar and a calibration, in a sentence."""
-    missed = {step: summary[f"worst_datasheet_{step}_error"] for step in ("prompt", "decode")}
-    known = {step: summary[f"worst_calibrated_{step}_error"] for step in missed}
-    found = ", ".join(f"{step} by {error:+.0%} ({known[step]:+.0%} by a calibration)" for step, error in missed.items())
-    held = "within" if all(abs(error) <= BAR for error in missed.values()) else "outside"
-    return f"Data sheets alone miss, at worst, {found}: {held} the bar of {BAR:.0%}."
+    error = {
+        name: " and ".join(f"{step} by {summary[f'worst_{name}_{step}_error']:+.0%}" for step in STEPS)
+        for name in ("datasheet", "siblings", "calibrated")
+    }
+    held = all(abs(summary[f"worst_applying_{step}_error"]) <= BAR for step in STEPS)
+    return (
+        f"Data sheets alone miss, at worst, {error['datasheet']} if cores are whole, {error['siblings']} if they are "
+        f"threads beside busy ones; a calibration {error['calibrated']}. {summary['slow_share']:.0%} of the loops "
+        f"beside the runs were slow: what applies by that is {'within' if held else 'outside'} the bar of {BAR:.0%}."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -135,15 +192,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     workload = Workload(16, 4) if flags.smoke else Workload(100, 16)
     extent, repetitions = (SMOKE, 1) if flags.smoke else (QUICK, flags.repetitions)
-    rows = run(TINY if flags.smoke else SHAPE, workload, repetitions, extent)
+    config = TINY if flags.smoke else SHAPE
+    rows = run(config, workload, repetitions, extent)
     print(pd.DataFrame(rows).to_string(index=False, float_format=lambda v: f"{v:.3g}"))
-    summary = {
-        f"worst_{name}_{step}_error": max((r[f"{name}_error"] for r in rows if r["step"] == step), key=abs)
-        for name in ("datasheet", "calibrated")
-        for step in ("prompt", "decode")
-    }
+    summary = {**worst(rows), "slow_share": fmean(row["slow_share"] for row in rows)}
     print(verdict(summary))
-    settings = {"workload": [workload.n_prompt, workload.n_gen], "host": to_json(HOST), "device": to_json(CORE_AS_GPU)}
+    host, core = parts(from_config(config, "llama-like"))
+    own = {"host": to_json(host), "device": to_json(core), "smt_share": SMT_SHARE}
+    settings = {"workload": [workload.n_prompt, workload.n_gen], **own}
     out = flags.out or (None if flags.smoke else RESULTS / "datasheet")
     record(out, settings, rows, {"device": "emulated", **summary})
 

@@ -10,9 +10,16 @@ from pathlib import Path
 
 from hwmodels.errors import ProfileError
 from hwmodels.parts import Recipe, assemble, compose, gpus, hosts, links, machines
-from hwmodels.profile import Curve, HardwareProfile, Peak, Resource, load_profile
+from hwmodels.profile import Curve, HardwareProfile, Peak, Resource, Source, load_profile
 
-__all__ = ["cache_folder", "compose", "hardware", "names", "with_overrides"]
+__all__ = ["SMT_SHARE", "beside_siblings", "cache_folder", "compose", "hardware", "names", "with_overrides"]
+
+SMT_SHARE = 0.61
+"""Of a core's speed what one hardware thread has while the core's other one is busy.
+
+Both threads of a Zen 3 core together do 1.22 times what one does alone, the average over AnandTech's programs with many
+threads (Cutress, "Investigating Performance of Multi-Threading on Zen 3", 2020). It differs from program to program.
+"""
 
 _SHIPPED = Path(__file__).parent / "profiles"
 
@@ -126,6 +133,24 @@ def _with_peaks(
     return replace(profile, peaks=peaks, curves=curves)
 
 
+def beside_siblings(
+    profile: HardwareProfile, share: float = SMT_SHARE, resources: tuple[Resource, ...] = ("CPU",)
+) -> HardwareProfile:
+    """The machine whose CPU is hardware threads of cores that others keep busy, as virtual cores may be.
+
+    All that such a thread does takes 1 / share times as long: it computes, and has misses under way, in that share of
+    the core; that this holds of memory too is an assumption. Curves measured without it are dropped.
+    """
+    if share > 1:
+        raise ProfileError(f"cpu_smt_share is {share:g}; a hardware thread has at most its core: 1 or less")
+
+    def shared(peak: Peak) -> Peak:
+        sources: dict[str, Source] = {**peak.sources, "efficiency": "estimated", "fixed_s": "estimated"}
+        return replace(peak, efficiency=share * peak.efficiency, fixed_s=peak.fixed_s / share, sources=sources)
+
+    return _with_peaks(profile, resources, shared)
+
+
 def _size(name: str) -> _Change:
     def change(profile: HardwareProfile, value: float) -> HardwareProfile:
         return profile.with_(**{name: int(value * 2**30)}, sources={**profile.sources, name: "estimated"})
@@ -140,5 +165,6 @@ _OVERRIDES: dict[str, _Change] = {
     "gpu_memory_GBps": _bandwidth("GPU"),
     "pcie_GBps": _bandwidth("H2D", "D2H"),
     "cpu_tflops": _arithmetic("CPU"),
+    "cpu_smt_share": beside_siblings,
     "gpu_tflops": _arithmetic("GPU"),
 }

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers.activations import ACT2FN
@@ -42,7 +43,7 @@ from runtime.coldstart import WAITING, measure_cold
 from runtime.devices import device_name, open_device
 from runtime.microbench import MicroBench
 from runtime.projection import FEW_ROWS
-from runtime.resume import KeptParts, measurement_key
+from runtime.resume import KeptParts, KeptRounds, measurement_key
 from runtime.rounds import Effort, Measuring, finish
 from runtime.session import PlannedModel
 from runtime.standin import StandIn, built, measure_apart, measure_overlapped, measure_rest
@@ -239,12 +240,12 @@ def _measure(job: _Job, kept: KeptParts, title: str, progress: bool) -> list[dic
     names, extent = list(_plan(job)), job.extent
     keys = [{name: f"{name} {number}" for name in names} for number in range(1, extent.most_passes + 1)]
     found = {key: part for own in keys for key in own.values() if (part := kept.load(key)) is not None}
+    n_rounds = sum(kept.n_rounds(key) for own in keys for key in own.values() if key not in found)
     passes: list[dict[str, Part]] = []
     with progress_bar(title, progress) as bar:
-        if found:
-            tell(
-                bar, f"going on: {len(found)} of {extent.passes * len(names)} parts were measured within the last hour"
-            )
+        if found or n_rounds:
+            done = f"{len(found)} of {extent.passes * len(names)} parts and {n_rounds} rounds of others"
+            tell(bar, f"going on: {done} were measured within the last hour")
         glance(bar)
         for own in keys:
             if len(passes) >= extent.passes:
@@ -252,7 +253,8 @@ def _measure(job: _Job, kept: KeptParts, title: str, progress: bool) -> list[dic
                     break
                 one_more(bar, extent.passes)
             with ExitStack() as stack:
-                runs = {own[name]: turn for name, turn in _turns(_Rig(job, stack)).items()}
+                turns = _turns(_Rig(job, stack), {name: kept.rounds(key) for name, key in own.items()})
+                runs = {own[name]: turn for name, turn in turns.items()}
                 take_turns(runs, found, kept, bar, 100 / extent.passes)
             passes.append({name: found[own[name]] for name in names})
     return passes
@@ -262,14 +264,16 @@ def _plan(job: _Job) -> dict[str, tuple[float, _Measure]]:
     return {name: how for name, how in _PARTS.items() if job.extent.variants or name != "variants"}
 
 
-def _turns(rig: _Rig) -> dict[str, Turn]:
-    """A turn for every part, with its share of the time."""
+def _turns(rig: _Rig, kept: Mapping[str, KeptRounds] = MappingProxyType({})) -> dict[str, Turn]:
+    """A turn for every part, with its share of the time, and where its rounds are kept."""
     plan = _plan(rig.job)
     whole = sum(share for share, _ in plan.values())
-    return {
-        name: Turn(share / whole, partial(measure, rig, rig.job.extent.effort(share / whole)))
-        for name, (share, measure) in plan.items()
-    }
+
+    def turn(name: str, share: float, measure: _Measure) -> Turn:
+        effort = replace(rig.job.extent.effort(share), kept=kept.get(name))
+        return Turn(share, partial(measure, rig, effort))
+
+    return {name: turn(name, share / whole, measure) for name, (share, measure) in plan.items()}
 
 
 def _yardstick(rig: _Rig, effort: Effort) -> Measuring:

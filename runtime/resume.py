@@ -1,13 +1,18 @@
-"""Finished parts of a calibration that was interrupted, kept for an hour, so that the same call goes on from there."""
+"""What an interrupted calibration had measured, kept for an hour, so that the same call goes on from there.
+
+Finished parts are kept, and of others the rounds so far: parts take turns, so that all of them end at once.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 
@@ -15,11 +20,16 @@ from hwmodels.calibrate import Part
 from hwmodels.catalog import cache_folder
 from hwmodels.errors import FormatError
 from hwmodels.machine import fingerprint
+from hwmodels.profile import Resource
 from hwmodels.schema import check_header, digest, from_json, read_json, to_json, write_json
+from hwmodels.work import Work
 from runtime import native
 from sim.model import ModelSpec
 
-SCHEMA = "scheinfer.calibration-part"
+SCHEMA, ROUNDS_SCHEMA = "scheinfer.calibration-part", "scheinfer.calibration-rounds"
+Timed = str | Work | tuple[Resource, Work]
+"""What rounds time: a hand-off, work, or work on a resource."""
+Key = TypeVar("Key", bound=Timed)
 VERSION = 2
 MAX_AGE_S = 3600.0
 
@@ -62,9 +72,87 @@ class KeptParts:
         with suppress(FormatError):
             write_json(self._path(name), {"schema": SCHEMA, "version": VERSION, **to_json(part)})
 
+    def rounds(self, name: str) -> KeptRounds:
+        """Rounds of a part that is not finished."""
+        return KeptRounds(self._path(name))
+
+    def n_rounds(self, name: str) -> int:
+        """How many of them there are."""
+        return self.rounds(name).following().load().n_rounds
+
     def clear(self) -> None:
         """Forget all parts."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name.replace(' ', '-')}.json"
+
+
+@dataclass(frozen=True)
+class Rounds(Generic[Key]):
+    """Rounds of one measurement: seconds that they took, and of each key its repeats by round."""
+
+    spent_s: float = 0.0
+    n_rounds: int = 0
+    times: dict[Key, list[list[float]]] = field(default_factory=dict)
+
+
+@dataclass
+class KeptRounds:
+    """Files of a part's rounds, one for each of the measurements that it makes in turn."""
+
+    part: Path
+    number: int = 0
+
+    def following(self) -> KeptRounds:
+        """The next measurement's; its own files are counted from there."""
+        self.number += 1
+        return KeptRounds(self.part.with_suffix(f".rounds-{self.number}.json"))
+
+    def load(self) -> Rounds[Timed]:
+        """Rounds that are younger than an hour; none if there are none, or their file is damaged."""
+        where = str(self.part)
+        try:
+            if time.time() - self.part.stat().st_mtime > MAX_AGE_S:
+                return Rounds()
+            kept = from_json(_Kept, check_header(read_json(self.part, "rounds"), ROUNDS_SCHEMA, 1, where), where)
+        except (OSError, FormatError):
+            return Rounds()
+        times: dict[Timed, list[list[float]]] = {}
+        for case in kept.cases:
+            timed = (case.resource, case.work) if case.resource and case.work else case.work or case.name
+            times[timed] = [list(own) for own in case.rounds]
+        whole = all(len(rounds) == kept.n_rounds for rounds in times.values())
+        return Rounds(kept.spent_s, kept.n_rounds, times) if whole else Rounds()
+
+    def save(self, rounds: Rounds[Key]) -> None:
+        """Keep all rounds so far; where the cache cannot be written, the calibration goes on without."""
+        kept = _Kept(rounds.spent_s, rounds.n_rounds, tuple(_case(key, own) for key, own in rounds.times.items()))
+        with suppress(FormatError):
+            write_json(self.part, {"schema": ROUNDS_SCHEMA, "version": 1, **to_json(kept)})
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A key, what of it there is, with its rounds."""
+
+    rounds: tuple[tuple[float, ...], ...]
+    name: str = ""
+    resource: Resource | None = None
+    work: Work | None = None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    spent_s: float
+    n_rounds: int
+    cases: tuple[_Case, ...]
+
+
+def _case(key: Timed, rounds: Sequence[Sequence[float]]) -> _Case:
+    own = tuple(map(tuple, rounds))
+    if isinstance(key, str):
+        return _Case(own, name=key)
+    if isinstance(key, Work):
+        return _Case(own, work=key)
+    return _Case(own, resource=key[0], work=key[1])

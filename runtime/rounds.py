@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from hwmodels.calibrate import Part, is_known
+from runtime.resume import KeptRounds, Key, Rounds
 
-Key = TypeVar("Key", bound=Hashable)
 Done = TypeVar("Done")
 Case = Callable[[], Iterable[tuple[Key, float]]]
 """One visit: runs something once and says how long what of it took."""
@@ -23,18 +23,22 @@ _SURE = 0.75  # of a measurement must be over before it may end early: the machi
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to go on: at least `least` rounds, then until all is known, `most` rounds or `seconds` have passed."""
+    """How long to go on: at least `least` rounds, then until all is known, `most` rounds or `seconds` have passed.
+
+    kept is where rounds are kept, should the calibration be interrupted.
+    """
 
     least: int
     most: int
     seconds: float
+    kept: KeptRounds | None = None
 
 
 class Progress:
     """How far a measurement has come, by its rounds and by the time that these took: turns of others do not count."""
 
-    def __init__(self, effort: Effort) -> None:
-        self.effort, self.rounds, self.spent_s = effort, 0, 0.0
+    def __init__(self, effort: Effort, rounds: int = 0, spent_s: float = 0.0) -> None:
+        self.effort, self.rounds, self.spent_s = effort, rounds, spent_s
         self._began_s = 0.0
 
     def begin(self) -> None:
@@ -58,12 +62,13 @@ def in_rounds(cases: Sequence[Case[Key]], effort: Effort) -> InRounds[dict[Key, 
     """Seconds of every repeat, by what took them and by round. One round before the first warms up and does not count.
 
     Every round visits all cases, short ones several times, so that all see the same minutes of the machine. It ends
-    early where all times are known (hwmodels.calibrate.is_known) and most of the time is over.
+    early where all times are known (hwmodels.calibrate.is_known) and most of the time is over. Rounds that were kept
+    count as if they had been measured now.
     """
-    times: dict[Key, list[list[float]]] = {}
-    progress = Progress(effort)
+    kept = effort.kept.following() if effort.kept is not None else None
+    before = cast("Rounds[Key]", kept.load() if kept is not None else Rounds())
+    times, progress, warms_up = before.times, Progress(effort, before.n_rounds, before.spent_s), True
     while progress.share < 1.0 and not (progress.share >= _SURE and _all_known(times.values())):
-        warms_up = not progress.spent_s
         progress.begin()
         found: dict[Key, list[float]] = defaultdict(list)
         for case in cases:
@@ -75,6 +80,9 @@ def in_rounds(cases: Sequence[Case[Key]], effort: Effort) -> InRounds[dict[Key, 
                 times.setdefault(key, [[] for _ in range(progress.rounds - 1)])
             for key, rounds in times.items():
                 rounds.append(found.get(key, []))
+            if kept is not None:
+                kept.save(Rounds(progress.spent_s, progress.rounds, times))
+        warms_up = False
         yield share
     return times
 

@@ -35,7 +35,7 @@ from runtime import calibrate as calibration
 from runtime import rounds, turns
 from runtime.calibrate import FULL, SMOKE, calibrate
 from runtime.coldstart import attention
-from runtime.resume import KeptParts
+from runtime.resume import KeptParts, Timed
 from runtime.rounds import Effort, Measuring, finish, in_rounds
 from runtime.turns import Turn, progress_bar, take_turns
 from sim.timeline import Span, Timeline
@@ -373,10 +373,47 @@ def test_an_interrupted_calibration_goes_on_where_it_was(cache, monkeypatch, cap
     names = [name for name in calibration._PARTS if name != "variants"]
     assert before == names[: names.index("mlp") + 1]
     assert fake.ran[len(before) :] == names[names.index("mlp") :]
-    assert "going on: 6 of 10 parts were measured within the last hour" in capsys.readouterr().err
+    assert (
+        "going on: 6 of 10 parts and 0 rounds of others were measured within the last hour" in capsys.readouterr().err
+    )
     assert profile.handoff_s == {"CPU>H2D": 1.0, "GPU>H2D": 2.0}  # of two parts the one that overlaps counts
     assert profile.contention[0].rate["CPU"] == 0.5
     assert profile.cold == (Cold(0.002, 1.25, "measured"),)
+
+
+def test_rounds_are_kept_and_the_next_call_goes_on_after_them(tmp_path, clock):
+    kept, work = KeptParts(tmp_path), Work("ffn", "float32", 1, 1.0, 8.0)
+
+    def case() -> Iterator[tuple[Timed, float]]:
+        clock.now_s += 1.0
+        yield from ((("CPU", work), clock.now_s), (work, 2.0), ("CPU>GPU", 3.0))
+
+    effort = Effort(1, 5, 1e9, kept.rounds("mlp 1"))
+    measuring = in_rounds([case], effort)
+    for _ in range(4):  # the first warms up
+        next(measuring)
+    measuring.close()
+    assert kept.n_rounds("mlp 1") == 3
+    found = finish(in_rounds([case], Effort(1, 5, 1e9, kept.rounds("mlp 1"))))
+    assert found == {("CPU", work): [[2.0], [3.0], [4.0], [6.0], [7.0]], work: [[2.0]] * 5, "CPU>GPU": [[3.0]] * 5}
+
+
+def test_the_measurements_of_a_part_keep_rounds_of_their_own(tmp_path, clock):
+    kept, cases = KeptParts(tmp_path).rounds("variants 1"), [Runs(clock, 1.0), Runs(clock, 2.0)]
+    effort = Effort(2, 2, 1e9, kept)
+    one, two = (finish(in_rounds([case], effort)) for case in cases)
+    again = KeptParts(tmp_path).rounds("variants 1")
+    assert [again.following().load().times for _ in range(2)] == [one, two]
+
+
+def test_damaged_rounds_are_measured_again(tmp_path, clock):
+    kept = KeptParts(tmp_path)
+    finish(in_rounds([Runs(clock, 1.0)], Effort(2, 2, 1e9, kept.rounds("mlp 1"))))
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text().replace('"n_rounds": 2', '"n_rounds": 3'))
+    assert kept.n_rounds("mlp 1") == 0
+    file.write_text("{")
+    assert kept.n_rounds("mlp 1") == 0
 
 
 def test_parts_take_turns_and_the_first_and_the_last_do_not(tmp_path):

@@ -12,6 +12,7 @@ from hwmodels.catalog import compose, hardware, names, with_overrides
 from hwmodels.errors import FormatError, ProfileError
 from hwmodels.parts import gpus, hosts, machines
 from hwmodels.profile import Curve, Sample, Source, load_profile
+from hwmodels.work import Work
 
 MIXTRAL_EXPERT = work.ffn(1, 4096, 14336, "bfloat16")
 PAIR = frozenset({"CPU", "H2D"})
@@ -167,3 +168,18 @@ def test_a_value_that_is_no_positive_number_is_refused(value):
 def test_an_unknown_figure_lists_the_known_ones():
     with pytest.raises(ProfileError, match="no figure 'watts' to override; known: vram_GiB, ram_GiB, dram_read_GBps"):
         with_overrides(MEASURED, {"watts": "1"})
+
+
+def test_a_hardware_thread_beside_a_busy_one_takes_longer_for_everything_and_the_link_does_not():
+    whole = compose("rtx4090", "ryzen7950x")
+    half = with_overrides(whole, {"cpu_smt_share": "0.5"})
+    for demand in (Work("ffn", "float32", 1, 1e6, 4e6), Work("ffn", "float32", 512, 1e12, 4e6)):
+        assert half.time_s("CPU", demand).seconds == pytest.approx(2 * whole.time_s("CPU", demand).seconds)
+        assert half.time_s("GPU", demand) == whole.time_s("GPU", demand)
+    assert half.peaks["CPU"].source_of("efficiency") == "estimated"
+    assert half.peaks["H2D"] == whole.peaks["H2D"]
+
+
+def test_a_hardware_thread_has_no_more_than_its_core():
+    with pytest.raises(ProfileError, match="cpu_smt_share is 1.2; a hardware thread has at most its core"):
+        with_overrides(MEASURED, {"cpu_smt_share": "1.2"})
