@@ -21,6 +21,7 @@ struct Call {
   const Kernels* k;
   const char* x;
   int64_t K, S, weight_bytes, x_stride;
+  int n_threads;
   std::vector<Projection> projections;
   std::vector<Item> items;
 };
@@ -34,16 +35,17 @@ void project(void* context, int64_t index) {
   const Item& item = call.items[size_t(index)];
   const Projection& p = *item.of;
   Scratch& s = scratch();
-  const int64_t n = item.last - item.first, next = index + 1;
+  const int64_t n = item.last - item.first, next = index + (call.S > 1 ? call.n_threads : 1);
   const bool follows = next < int64_t(call.items.size()) && call.items[size_t(next)].last - call.items[size_t(next)].first >= n;
   const char *w = weights_of(call, item), *later = follows ? weights_of(call, call.items[size_t(next)]) : nullptr;
   float bias[MOST_ROWS + PAD] = {};
   if (p.bias) call.k->widen_row(p.bias + item.first * call.weight_bytes, n, bias);
-  for (int64_t t0 = 0; t0 < call.S; t0 += TOKENS_AT_ONCE) {
-    const int64_t rest = call.S - t0, tokens = rest < TOKENS_AT_ONCE ? rest : TOKENS_AT_ONCE;
+  const Chunks chunks{call.S};
+  for (int64_t c = 0; c < chunks.n(); c++) {
+    const int64_t t0 = chunks.first(c), tokens = chunks.first(c + 1) - t0;
     const void* x[TOKENS_AT_ONCE];
     for (int64_t t = 0; t < tokens; t++) x[t] = call.x + (t0 + t) * call.x_stride;
-    call.k->dots(w, n, call.K, x, tokens, s.one, MOST_ROWS, later, s.wide);
+    call.k->dots(w, n, call.K, x, tokens, s.one, MOST_ROWS, c + 1 < chunks.n() ? nullptr : later, s.wide);
     for (int64_t t = 0; t < tokens; t++) {
       float* row = s.one + t * MOST_ROWS;
       for (int64_t i = 0; i < n; i++) row[i] += bias[i];
@@ -68,7 +70,7 @@ extern "C" int scheinfer_linear(const void* x, int64_t S, int64_t K, int64_t n_p
     const int64_t bytes = dtype == F32 ? 4 : 2, stride = stride_of(K, k->activation_bytes);
     char* rows = memory.at_least(size_t(S * stride));
     for (int64_t s = 0; s < S; s++) k->load_row(static_cast<const char*>(x) + s * K * bytes, K, rows + s * stride);
-    Call call{k, rows, K, S, bytes, stride, {}, {}};
+    Call call{k, rows, K, S, bytes, stride, n_threads, {}, {}};
     int64_t n_rows = 0;
     for (int64_t i = 0; i < n_projections; i++, words += 4) {
       call.projections.push_back({reinterpret_cast<const char*>(words[0]), reinterpret_cast<const char*>(words[1]),

@@ -35,19 +35,33 @@ struct Item {
   int64_t first, last;
 };
 
+struct Part {
+  const Expert* expert;
+  const Piece* piece;
+};
+
 struct Call {
   const Kernels* k;
   int64_t D, S, weight_bytes, at_once;
-  int act;
+  int act, n_threads;
   char* y;
   float* sums;  // [S, D]
   std::vector<Expert> experts;
   std::vector<Item> items;
+  std::vector<Part> parts;
 };
 
 struct Memory {  // of a calling thread, kept for its next call
   Aligned x, h, sums;
 };
+
+// The gate of the item that this thread is likely to take next, if it has as many rows; null if not.
+const char* after(const Call& call, int64_t index) {
+  const int64_t next = index + call.n_threads;
+  if (next >= int64_t(call.items.size())) return nullptr;
+  const Item &now = call.items[size_t(index)], &then = call.items[size_t(next)];
+  return then.last - then.first < now.last - now.first ? nullptr : then.piece->gate + then.first * call.D * call.weight_bytes;
+}
 
 void gate_and_up(void* context, int64_t index) {
   const Call& call = *static_cast<const Call*>(context);
@@ -56,12 +70,13 @@ void gate_and_up(void* context, int64_t index) {
   Scratch& s = scratch();
   const int64_t n = item.last - item.first, row_bytes = call.D * call.weight_bytes;
   const int64_t size = call.k->activation_bytes, end = item.last == piece.columns ? up_to(item.last, PAD) : item.last;
-  for (int64_t t0 = 0; t0 < item.expert->n_rows; t0 += TOKENS_AT_ONCE) {
-    const int64_t left = item.expert->n_rows - t0, tokens = left < TOKENS_AT_ONCE ? left : TOKENS_AT_ONCE;
+  const Chunks chunks{item.expert->n_rows};
+  for (int64_t i = 0; i < chunks.n(); i++) {
+    const int64_t t0 = chunks.first(i), tokens = chunks.first(i + 1) - t0;
     const void* const* x = item.expert->x.data() + t0;
     const char *gate = piece.gate + item.first * row_bytes, *up = piece.up + item.first * row_bytes;
-    call.k->dots(gate, n, call.D, x, tokens, s.one, MOST_ROWS, up, s.wide);
-    call.k->dots(up, n, call.D, x, tokens, s.other, MOST_ROWS, nullptr, s.wide);
+    call.k->dots(gate, n, call.D, x, tokens, s.one, MOST_ROWS, i ? nullptr : up, s.wide);
+    call.k->dots(up, n, call.D, x, tokens, s.other, MOST_ROWS, i + 1 < chunks.n() ? nullptr : after(call, index), s.wide);
     for (int64_t t = 0; t < tokens; t++) {
       char* to = piece.h + (t0 + t) * piece.stride + item.first * size;
       call.k->activate(s.one + t * MOST_ROWS, s.other + t * MOST_ROWS, n, call.act, to);
@@ -70,14 +85,15 @@ void gate_and_up(void* context, int64_t index) {
   }
 }
 
-void add_down(const Call& call, const Expert& expert, const Piece& piece, int64_t first, int64_t n) {
+void add_down(const Call& call, const Expert& expert, const Piece& piece, int64_t first, int64_t n, const char* later) {
   Scratch& s = scratch();
   const char* down = piece.down + first * piece.columns * call.weight_bytes;
-  for (int64_t t0 = 0; t0 < expert.n_rows; t0 += TOKENS_AT_ONCE) {
-    const int64_t left = expert.n_rows - t0, tokens = left < TOKENS_AT_ONCE ? left : TOKENS_AT_ONCE;
+  const Chunks chunks{expert.n_rows};
+  for (int64_t i = 0; i < chunks.n(); i++) {
+    const int64_t t0 = chunks.first(i), tokens = chunks.first(i + 1) - t0;
     const void* h[TOKENS_AT_ONCE];
     for (int64_t t = 0; t < tokens; t++) h[t] = piece.h + (t0 + t) * piece.stride;
-    call.k->dots(down, n, piece.columns, h, tokens, s.one, MOST_ROWS, nullptr, s.wide);
+    call.k->dots(down, n, piece.columns, h, tokens, s.one, MOST_ROWS, i + 1 < chunks.n() ? nullptr : later, s.wide);
     for (int64_t t = 0; t < tokens; t++) {
       float* sum = call.sums + (expert.rows ? expert.rows[t0 + t] : t0 + t) * call.D + first;
       const float weight = expert.weights ? expert.weights[t0 + t] : 1.0f, *part = s.one + t * MOST_ROWS;
@@ -92,8 +108,13 @@ void down(void* context, int64_t index) {
   const int64_t n = left < call.at_once ? left : call.at_once;
   for (int64_t s = 0; s < call.S; s++)
     for (int64_t i = 0; i < n; i++) call.sums[s * call.D + first + i] = 0.0f;
-  for (const Expert& expert : call.experts)
-    for (const Piece& piece : expert.pieces) add_down(call, expert, piece, first, n);
+  for (size_t e = 0; e < call.parts.size(); e++) {
+    const Part &part = call.parts[e], &then = call.parts[(e + 1) % call.parts.size()];
+    const int64_t row = e + 1 < call.parts.size() ? first : first + call.n_threads * call.at_once;
+    const bool follows = then.piece->columns == part.piece->columns && row + n <= call.D;
+    const char* later = follows ? then.piece->down + row * then.piece->columns * call.weight_bytes : nullptr;
+    add_down(call, *part.expert, *part.piece, first, n, later);
+  }
   for (int64_t s = 0; s < call.S; s++)
     call.k->store_row(call.sums + s * call.D + first, n, call.y + (s * call.D + first) * call.weight_bytes);
 }
@@ -127,6 +148,7 @@ void share_out(Call& call, Memory& memory, int n_threads) {
     for (Piece& piece : expert.pieces) {
       piece.stride = stride_of(piece.columns, call.k->activation_bytes);
       total += size_t(piece.stride * expert.n_rows);
+      call.parts.push_back({&expert, &piece});
       const int64_t most = rows_at_once(n_columns, n_threads);
       for (int64_t first = 0; first < piece.columns; first += most) {
         const int64_t last = first + most < piece.columns ? first + most : piece.columns;
@@ -185,7 +207,7 @@ int scheinfer_mlp(const void* x, void* y, int64_t S, int64_t D, int dtype, int a
     char* rows = memory.x.at_least(size_t(S * stride));
     for (int64_t s = 0; s < S; s++)
       k->load_row(static_cast<const char*>(x) + s * D * weight_bytes, D, rows + s * stride);
-    Call call{k, D, S, weight_bytes, MOST_ROWS, act, static_cast<char*>(y), nullptr, {}, {}};
+    Call call{k, D, S, weight_bytes, MOST_ROWS, act, n_threads, static_cast<char*>(y), nullptr, {}, {}, {}};
     call.sums = reinterpret_cast<float*>(memory.sums.at_least(size_t(S * D) * sizeof(float)));
     read_experts(call, experts, n_experts, rows, stride);
     share_out(call, memory, n_threads);

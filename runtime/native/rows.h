@@ -39,6 +39,13 @@ inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / 
 // Rows of activations end in zeros, and begin where no two of them share a set of the cache.
 inline int64_t stride_of(int64_t n, int64_t bytes) { return up_to(n, PAD) * bytes + 64; }
 
+// Tokens in as few chunks of at most TOKENS_AT_ONCE as possible, of sizes as equal as possible.
+struct Chunks {
+  int64_t tokens;
+  int64_t n() const { return (tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE; }
+  int64_t first(int64_t i) const { return i * tokens / n(); }
+};
+
 // Rows of W in one item of work, so that each thread gets several.
 inline int64_t rows_at_once(int64_t n, int n_threads) {
   const int64_t share = up_to(n / (8 * n_threads) + 1, ROWS);
