@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from hwmodels.errors import PlanError
 from hwmodels.machine import read_machine
+from hwmodels.units import format_bytes
 from runtime import native
 from runtime.gpu import gpus
 
@@ -14,6 +16,16 @@ _SLACK_BYTES = 64 << 20  # blocks of the device's allocator are rounded up
 def host_bytes() -> int:
     """Bytes of host memory that can be had now: container limits and what other programs hold are respected."""
     return read_machine().free_bytes
+
+
+def check_free(n_bytes: int, what: str) -> None:
+    """PlanError where so many bytes of host memory cannot be had: a system kills what takes more than there is."""
+    free_bytes = host_bytes()
+    if n_bytes > free_bytes:
+        raise PlanError(
+            f"{what} takes {format_bytes(n_bytes)} of memory, {format_bytes(free_bytes)} are free; end other programs, "
+            "or raise the container's limit"
+        )
 
 
 def device_bytes(device: str) -> int:

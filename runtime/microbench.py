@@ -41,6 +41,12 @@ LINKS: tuple[Resource, Resource] = ("H2D", "D2H")
 _KIND: dict[Resource, Kind] = {"CPU": "cc", "GPU": "gg", "H2D": "send", "D2H": "act_d2h"}
 
 
+def pool_bytes(spec: ModelSpec) -> int:
+    """Bytes of weights of which every task takes others; a bench has up to three such pools."""
+    one = max(3 * spec.d_model * layer.ffn.columns for layer in spec.layers)
+    return max(_POOL_BYTES, 2 * one * spec.dtype_bytes)
+
+
 class MicroBench:
     """Synthetic weights and activations of a model's shapes, and timings of tasks over them."""
 
@@ -49,8 +55,7 @@ class MicroBench:
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.layer = max(range(spec.n_layers), key=lambda i: spec.layers[i].ffn.n_experts)
         self.columns = spec.layers[self.layer].ffn.columns
-        one = 3 * spec.d_model * self.columns
-        n_elements = max(_POOL_BYTES // self.dtype.itemsize, 2 * one)
+        n_elements = pool_bytes(spec) // self.dtype.itemsize
         self.host = fill_small(device.host_slab(n_elements, self.dtype, pinned=True))
         self.resident = fill_small(device.allocate(n_elements, self.dtype, "micro-benchmark weights"))
         self._issued = 0
