@@ -126,10 +126,10 @@ def run(config: Config, workload: Workload, repetitions: int, extent: Extent) ->
     before_s = [watch(_WATCH_S).fastest_s for _ in range(2)]
     runs = taking_turns(config, own, workload, device, repetitions)
     fastest_s = min(*before_s, *(s for found in runs for one in found for s in one.loops_s))
+    loops_s = [s for found in runs for one in found for s in one.loops_s]
+    slow_share = fmean(s >= SLOW * fastest_s for s in loops_s)  # of all plans: they take turns in the same minutes
     rows = []
     for plan, found in zip(own, runs, strict=True):
-        loops_s = [s for one in found for s in one.loops_s]
-        slow_share = fmean(s >= SLOW * fastest_s for s in loops_s)
         shown = median_run(found)
         predicted = {n: simulate(spec, plan, profile, workload, shown.routing) for n, profile in profiles.items()}
         for step in STEPS:
@@ -142,7 +142,7 @@ def run(config: Config, workload: Workload, repetitions: int, extent: Extent) ->
                     "device": device,
                     "step": step,
                     "others_load": shown.others_load,
-                    "loop_ms": 1e3 * fmean(loops_s),
+                    "loop_ms": 1e3 * fmean(s for one in found for s in one.loops_s),
                     "slow_share": slow_share,
                     "applies": "siblings" if slow_share >= _SLOW else "datasheet",
                     "measured_s": measured_s,
@@ -173,11 +173,12 @@ def verdict(summary: Mapping[str, Any]) -> str:
         name: " and ".join(f"{step} by {summary[f'worst_{name}_{step}_error']:+.0%}" for step in STEPS)
         for name in ("datasheet", "siblings", "calibrated")
     }
+    applies = summary["applies"]
     held = all(abs(summary[f"worst_applying_{step}_error"]) <= BAR for step in STEPS)
     return (
         f"Data sheets alone miss, at worst, {error['datasheet']} if cores are whole, {error['siblings']} if they are "
         f"threads beside busy ones; a calibration {error['calibrated']}. {summary['slow_share']:.0%} of the loops "
-        f"beside the runs were slow: what applies by that is {'within' if held else 'outside'} the bar of {BAR:.0%}."
+        f"beside the runs were slow: `{applies}` applies, {'within' if held else 'outside'} the bar of {BAR:.0%}."
     )
 
 
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = TINY if flags.smoke else SHAPE
     rows = run(config, workload, repetitions, extent)
     print(pd.DataFrame(rows).to_string(index=False, float_format=lambda v: f"{v:.3g}"))
-    summary = {**worst(rows), "slow_share": fmean(row["slow_share"] for row in rows)}
+    summary = {**worst(rows), "applies": rows[0]["applies"], "slow_share": rows[0]["slow_share"]}
     print(verdict(summary))
     host, core = parts(from_config(config, "llama-like"))
     own = {"host": to_json(host), "device": to_json(core), "smt_share": SMT_SHARE}
