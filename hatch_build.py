@@ -31,6 +31,7 @@ _AVX512 = (
 )
 _ANYWHERE: dict[str, tuple[str, ...]] = dict.fromkeys(
     (
+        "forward.cpp",
         "layer.cpp",
         "linear.cpp",
         "link.cpp",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,31 +22,16 @@ from runtime.devices.base import Body, Device, Mark
 from runtime.memory import WeightStore
 from runtime.ops import Activation
 from runtime.projection import computes_prompt, computes_step
+from runtime.recording import LayerRun, LayerRuns, Recording, WholeStep
 from runtime.routing import Routed
 from runtime.words import WordBinding, takes_words
-from sim.caching import CacheState, Key
+from sim.caching import CacheState
 from sim.compile import StepCompiler
 from sim.graph import Task
 from sim.model import ModelSpec
 from sim.plan import Place, Plan
-from sim.timeline import Span, Timeline
-from sim.workload import Routing, RoutingTrace, Step
-
-
-class LayerRun(NamedTuple):
-    """What a call that computes a layer tells: tokens by expert, when its MLP began and ended on the host clock."""
-
-    counts: Routing
-    mlp_ns: int
-    end_ns: int
-
-
-class LayerRuns(NamedTuple):
-    """Layers of a step that one call computed, one after the other from a time on the host clock."""
-
-    step: Step
-    since_ns: int
-    runs: Sequence[LayerRun]
+from sim.timeline import Timeline
+from sim.workload import RoutingTrace, Step
 
 
 @dataclass
@@ -62,31 +46,6 @@ class _StepState:
     since: Mark = 0
     layers: LayerRuns | None = None
     n_entered: int = 0
-
-
-@dataclass
-class _Recording:
-    """Everything recorded since a run began; sample is open since a time on the host clock.
-
-    cached is what the expert cache held then. Spans of layers are made when somebody asks for the timeline.
-    """
-
-    cached: tuple[Key, ...] | None = None
-    times: list[tuple[Task, int, int]] = field(default_factory=list)
-    layers: list[LayerRuns] = field(default_factory=list)
-    routing: dict[tuple[str, int], Routing] = field(default_factory=dict)
-    n_prompt: int = 0
-    n_decode: int = 0
-    in_prompt: bool = False
-    sample: tuple[Task, int] | None = None
-
-    def next_step(self) -> str:
-        """Name of a step that begins now, as sim.workload names it: steps of the prompt, then one per token."""
-        if self.n_prompt == 0 or (self.in_prompt and self.n_decode == 0):
-            self.n_prompt += 1
-            return f"prefill{self.n_prompt - 1 or ''}"
-        self.n_decode += 1
-        return f"decode{self.n_decode}"
 
 
 class Executor:
@@ -115,8 +74,8 @@ class Executor:
         self._in_run = False
         if self._step is None:
             self._close_sample(self.device.mark(self.plan.ends))
-        self._record_layers()
-        spans = _spans(self._recording.times)
+        self._recording.unfold(lambda step: StepCompiler(self.spec, self.plan, step, self.cache))
+        spans = self._recording.spans()
         trace = RoutingTrace(dict(self._recording.routing), self._recording.cached)
         return Timeline("measured", spans, info), trace
 
@@ -253,14 +212,40 @@ class Executor:
         step = self._current()
         self._close()
         for ticket in self.device.drain():
-            self._record(ticket.task, ticket.start_ns, ticket.end_ns)
+            self._recording.add(ticket.task, ticket.start_ns, ticket.end_ns)
         for task, start, end in step.caller_tasks:
-            self._record(task, self.device.resolve(start), self.device.resolve(end))
+            self._recording.add(task, self.device.resolve(start), self.device.resolve(end))
         if step.layers is not None:
             self._recording.layers.append(step.layers)
         assert step.sample is not None, "the head was entered"
         self._recording.sample = (step.sample, self.device.resolve(step.since))
         self._step = None
+
+    # -- a step in one call ---------------------------------------------------------------------------
+
+    def computes_steps(self, n_tokens: int) -> bool:
+        """Whether the kernel may compute steps of so many tokens in one call, embedding and head with them."""
+        all_here = self._all_on_cpu and self.plan.ends == "CPU"
+        return all_here and computes_step(n_tokens) and not self.plan.tier(n_tokens).offload
+
+    def check_step(self, n_tokens: int, kv_tokens: int, batch: int) -> None:
+        """A step in one call begins. Raises as begin_step."""
+        self._check_open()
+        self._check_room(n_tokens, kv_tokens, batch)
+        self._abandon_step()
+        self.device.work_at("CPU", True)
+
+    def has_computed(self, step: Callable[[str], WholeStep]) -> None:
+        """A step in one call has ended; its words, of its name."""
+        self._recording.add_step(step(self._recording.next_step()))
+
+    def failed_task(self, n_tokens: int, kv_tokens: int, batch: int, n_parts: int) -> Task:
+        """What a step in one call was at, of whose parts, embedding and head among them, it had computed so many."""
+        compiler = StepCompiler(
+            self.spec, self.plan, Step(self._recording.next_step(), n_tokens, kv_tokens, batch), self.cache
+        )
+        embed, *layers = compiler.begin()[0], *(compiler.attention(i)[0] for i in range(self.spec.n_layers))
+        return (embed, *layers, compiler.end()[-2])[n_parts]
 
     @property
     def open_task(self) -> Task | None:
@@ -269,11 +254,11 @@ class Executor:
 
     # -- inside ---------------------------------------------------------------------------------------
 
-    def _fresh(self) -> _Recording:
+    def _fresh(self) -> Recording:
         if self.cache is None:
-            return _Recording()
+            return Recording()
         self.cache.n_hits = self.cache.n_uses = 0
-        return _Recording(self.cache.contents)
+        return Recording(self.cache.contents)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -317,23 +302,7 @@ class Executor:
 
     def _close_sample(self, now: Mark) -> None:
         if self._recording.sample is not None:
-            task, since_ns = self._recording.sample
-            self._record(task, since_ns, max(since_ns, self.device.resolve(now)))
-            self._recording.sample = None
-
-    def _record(self, task: Task, start_ns: int, end_ns: int) -> None:
-        self._recording.times.append((task, start_ns, end_ns))  # spans are made once the run has ended
-
-    def _record_layers(self) -> None:
-        for step, since_ns, runs in self._recording.layers:
-            compiler = StepCompiler(self.spec, self.plan, step, self.cache)
-            for i, run in enumerate(runs):
-                self._recording.routing[step.name, i] = run.counts
-                (attn,), (cc,) = compiler.attention(i), compiler.mlp(i, run.counts)
-                self._record(attn, since_ns, run.mlp_ns)
-                self._record(cc, run.mlp_ns, run.end_ns)
-                since_ns = run.end_ns
-        self._recording.layers.clear()
+            self._recording.close_sample(self.device.resolve(now))
 
     def _move(self, moves: Sequence[Task], hidden: Tensor) -> Tensor:
         for task in moves:
@@ -354,12 +323,3 @@ class Executor:
             bodies[task.id] = sending(self.device, self.store.layers[task.layer], slots, task, width, self.plan.pinned)
         if tasks:
             self.device.issue(tasks, bodies)
-
-
-def _spans(times: Sequence[tuple[Task, int, int]]) -> tuple[Span, ...]:
-    """Spans in the order of time, from the first one's begin on."""
-    origin_ns = min((start_ns for _, start_ns, _ in times), default=0)
-    return tuple(
-        Span(t.id, t.kind, t.resource, t.step, t.layer, (a - origin_ns) / 1e9, (b - origin_ns) / 1e9, t.bytes, t.flops)
-        for t, a, b in sorted(times, key=lambda found: found[1:])
-    )

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from runtime import native
-from runtime.executor import Executor, LayerRun
+from runtime.executor import Executor
 from runtime.ffn import PartitionedExperts, PartitionedMlp
 from runtime.kv import GrowingLayer, Room
 from runtime.native.layer import LayerWords
 from runtime.projection import Projection
+from runtime.recording import LayerRun
 from runtime.skeleton import decoder_layers
 from runtime.watch import Fact, Link, Value, Watch
 

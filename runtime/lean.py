@@ -20,8 +20,8 @@ from runtime.projection import FEW_ROWS
 from runtime.span import Span, span_of
 
 _OWN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
-_ASKED = ("output_hidden_states", "output_attentions", "output_router_logits")
-_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+ASKED = ("output_hidden_states", "output_attentions", "output_router_logits")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 
 
 class StepModel(nn.Module):
@@ -61,7 +61,7 @@ class StepModel(nn.Module):
         """Whether the caller wants more than the last hidden state and the cache."""
         more = (value for name, value in kwargs.items() if name not in _OWN)
         return not all(value is None or value is False for value in more) or any(
-            getattr(self.config, name, False) for name in _ASKED
+            getattr(self.config, name, False) for name in ASKED
         )
 
     def _step(self, ids: Tensor, positions: Tensor | None, cache: DynamicCache) -> ModelOutput:
@@ -88,7 +88,7 @@ class StepModel(nn.Module):
         return normed
 
     def _output(self, hidden: Tensor, cache: DynamicCache) -> ModelOutput:
-        kind = MoeModelOutputWithPast if self.executor.spec.family in _MIXTURES else BaseModelOutputWithPast
+        kind = MoeModelOutputWithPast if self.executor.spec.family in MIXTURES else BaseModelOutputWithPast
         return kind(last_hidden_state=hidden, past_key_values=cache)
 
 

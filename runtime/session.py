@@ -28,6 +28,7 @@ from runtime.devices import Device, open_device
 from runtime.devices.base import failure
 from runtime.executor import Executor
 from runtime.ffn import PartitionedExperts, PartitionedMlp, attach
+from runtime.forward import Forward, forward_of
 from runtime.layer import use_layers
 from runtime.lean import use_lean_steps
 from runtime.memory import WeightStore, allocate, fill_cache, trim_heap
@@ -45,6 +46,8 @@ class PlannedModel(BoundModel):  # type: ignore[no-untyped-call]
     """What `load` adds to the model's own class; never instantiated itself."""
 
     executor: Executor
+    whole: Forward | None
+    """Small steps in one call, where their form allows it."""
     device_memory: Memory
     last_timeline: Timeline | None
     last_routing: RoutingTrace | None
@@ -61,13 +64,23 @@ class PlannedModel(BoundModel):  # type: ignore[no-untyped-call]
         """
         self.check_here()
         try:
-            with self.executor.device.driving(), torch.no_grad():
-                return super().__call__(*args, **kwargs)
+            with self.executor.device.driving():
+                found = self._whole_step(args, kwargs)
+                if found is not None:
+                    return found
+                with torch.no_grad():
+                    return super().__call__(*args, **kwargs)
         except RuntimeError as error:
             named = self._named(error)
             if named is error:
                 raise
             raise named from error.__cause__ or error
+
+    def _whole_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A small step in one call; None, and nothing done, where the model's own forward must do it."""
+        if self.whole is None or not self.__dict__.keys().isdisjoint(("forward", "_compiled_call_impl")):
+            return None
+        return self.whole.step(args, kwargs)
 
     def _named(self, error: RuntimeError) -> BaseException:
         """The error with the task that was at work, and with what to do about it."""
@@ -202,6 +215,7 @@ def assemble(folder: Path, spec: ModelSpec, plan: Plan, device: Device, fill: Fi
         attach(planned, planned.executor)
         use_layers(model, planned.executor)
         use_lean_steps(model, planned.executor)
+        planned.whole = forward_of(planned, planned.executor)
         weakref.finalize(planned, device.close)  # threads do not outlive a model that nobody closed
         return planned
     except BaseException:

@@ -7,7 +7,7 @@ what is asked of a layer and noted of it costs ten times as much there as at onc
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from runtime import native
-from runtime.executor import Executor, LayerRun
+from runtime.executor import Executor
 from runtime.kv import GrowingLayer, Room
 from runtime.layer import Prepared, StepLayer, grows
 from runtime.native.layer import LayersWords, LayerWords
-from runtime.watch import Watch
-
-Own = tuple[dict[str, Any], list[Callable[..., Any]]]
-"""Attributes of a module, and what listened to it when the model was made."""
+from runtime.recording import LayerRun
+from runtime.watch import Watch, own_listeners
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,10 @@ class Span:
     norm: nn.Module
     words: LayersWords
     watch: Watch
-    entered: tuple[Own, ...]
 
     def compute(self, hidden: Tensor, tables: tuple[Tensor, Tensor], cache: object) -> Tensor | None:
         """The last norm's output for rows [B, 1, D] of the embedding; None, and nothing done, if anything is amiss."""
-        rooms = self._rooms(hidden, cache) if self._takes(hidden, tables) and self._holds() else None
+        rooms = self.rooms(hidden.shape[0], cache) if self._takes(hidden, tables) and self._holds() else None
         if rooms is None:
             return None
         out = torch.empty_like(hidden)
@@ -61,25 +58,24 @@ class Span:
 
     def _holds(self) -> bool:
         """Whether the layers and the norm are those that were read, with the executor alone listening."""
-        if list(self.layers_now()) != self.layers or self.modules.get("norm") is not self.norm:
-            return False
-        for state, own in self.entered:
-            if list(state["_forward_pre_hooks"].values()) != own or state["_forward_hooks"] or "forward" in state:
-                return False
-        return self.watch.holds()
+        return self.has_layers() and self.watch.holds()
+
+    def has_layers(self) -> bool:
+        """Whether the model has the layers and the norm that it had."""
+        return list(self.layers_now()) == self.layers and self.modules.get("norm") is self.norm
 
     def layers_now(self) -> Sequence[nn.Module]:
         """Those of the model."""
         layers = self.modules.get("layers")
         return list(layers._modules.values()) if isinstance(layers, nn.ModuleList) else ()
 
-    def _rooms(self, hidden: Tensor, cache: object) -> list[tuple[GrowingLayer, Room]] | None:
+    def rooms(self, batch: int, cache: object) -> list[tuple[GrowingLayer, Room]] | None:
         """Where each layer's keys and values go on, of as many tokens in all layers."""
         if not grows(cache) or len(cache.layers) < len(self.layers):
             return None
         found: list[tuple[GrowingLayer, Room]] = []
         for past, layer in zip(cache.layers, self.prepared, strict=False):
-            if not isinstance(past, GrowingLayer) or (room := past.room(layer.past_sizes(hidden.shape[0]))) is None:
+            if not isinstance(past, GrowingLayer) or (room := past.room(layer.past_sizes(batch))) is None:
                 return None
             found.append((past, room))
         n_past = {room.n_written for _, room in found}
@@ -93,6 +89,10 @@ class Span:
         words.x, words.y = hidden.data_ptr(), out.data_ptr()
         words.cosine, words.sine = cos.data_ptr(), sin.data_ptr()
         words.table_stride = cos.shape[-1] if cos.numel() > cos.shape[-1] else 0
+        self.write_past(rooms)
+
+    def write_past(self, rooms: list[tuple[GrowingLayer, Room]]) -> None:
+        """Each layer's words of its keys and values."""
         for layer, (_, room) in zip(self.prepared, rooms, strict=True):
             layer.write_past(room)
 
@@ -119,11 +119,11 @@ def span_of(model: nn.Module, executor: Executor) -> Span | None:
     pointers = (ctypes.POINTER(LayerWords) * len(layers))(*(ctypes.pointer(p.words) for p in prepared))
     eps = getattr(norm, "variance_epsilon", 0.0)
     words = LayersWords(layers=pointers, n_layers=len(layers), norm=weight.data_ptr(), eps=eps)
-    read = Watch.of((), [(norm._parameters, "weight", weight.data_ptr())], [(norm, "variance_epsilon", eps)])
-    entered = tuple((m.__dict__, list(m._forward_pre_hooks.values())) for m in (*layers, norm))
+    entered = own_listeners((*layers, norm))
+    read = Watch.of((), [(norm._parameters, "weight", weight.data_ptr())], [(norm, "variance_epsilon", eps)], entered)
     watch = Watch.of_all([*(p.watch for p in prepared), read])
     modules: dict[str, Any] = model._modules
-    return Span(executor, modules, layers, prepared, norm, words, watch, entered)
+    return Span(executor, modules, layers, prepared, norm, words, watch)
 
 
 def _prepared(layer: nn.Module) -> Prepared:

@@ -21,7 +21,7 @@ from runtime.executor import Executor
 from runtime.layer import StepLayer
 from runtime.lean import StepModel
 from runtime.native import Kernel
-from runtime.native.layer import LayersWords, LayerWords
+from runtime.native.layer import ForwardWords, LayersWords, LayerWords
 from runtime.session import PlannedModel
 from tests.conftest import TinyCheckpoint
 from tests.planned import greedy, left_padded, loaded, on_cpu, spec_of
@@ -38,7 +38,7 @@ N_LAYERS, N_PROMPT, N_GEN = 3, 5, 64
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Rows of every layer that the kernel computes whole, alone or with the others."""
     rows: list[int] = []
-    compute, compute_all = Kernel.layer, Kernel.layers
+    compute, compute_all, compute_whole = Kernel.layer, Kernel.layers, Kernel.forward
 
     def layer(self: Kernel, words: LayerWords) -> None:
         rows.append(words.rows)
@@ -48,9 +48,15 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         rows.extend([words.rows] * words.n_layers)
         compute_all(self, words)
 
+    def forward(self: Kernel, words: ForwardWords, n_threads: int) -> bool:
+        done = compute_whole(self, words, n_threads)
+        rows.extend([words.layers.rows] * words.layers.n_layers * done)
+        return done
+
     with monkeypatch.context() as patch:
         patch.setattr(Kernel, "layer", layer)
         patch.setattr(Kernel, "layers", layers)
+        patch.setattr(Kernel, "forward", forward)
         yield rows
 
 
@@ -74,8 +80,14 @@ def cpu_plan(folder: Path, dtype: str = "auto") -> Any:
     return on_cpu(spec_of(folder, dtype), n_ctx=128)
 
 
+def no_whole_steps(patch: pytest.MonkeyPatch) -> None:
+    """Embedding and head are the modules'."""
+    patch.setattr(Executor, "computes_steps", lambda self, n_tokens: False)
+
+
 def by_modules(patch: pytest.MonkeyPatch) -> None:
     """No layer is computed whole."""
+    no_whole_steps(patch)
     patch.setattr(Executor, "computes_layers", lambda self: False)
     patch.setattr(Executor, "computes_layer", lambda self, layer: False)
 
@@ -283,9 +295,9 @@ def test_a_run_records_the_tasks_and_the_routing_that_modules_do(
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("together", ["layer", "layers", "forward"])
 def test_memory_that_runs_out_is_named_by_the_task_and_the_model_goes_on(
-    together: bool, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+    together: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: Kernel, words: LayerWords) -> None:
         raise ExecutionError("native kernel: no memory")
@@ -294,15 +306,24 @@ def test_memory_that_runs_out_is_named_by_the_task_and_the_model_goes_on(
         words.n_done = 1
         raise ExecutionError("native kernel: no memory")
 
+    def fail_in_the_head(self: Kernel, words: ForwardWords, n_threads: int) -> bool:
+        words.n_parts = 1 + N_LAYERS
+        raise ExecutionError("native kernel: no memory")
+
     folder, ids = tiny_checkpoint("mixtral"), tokens(N_PROMPT)
     with loaded(folder, cpu_plan(folder)) as model:
         expected = greedy(model, ids, 4)
         with monkeypatch.context() as patch:
-            if not together:
+            if together != "forward":
+                no_whole_steps(patch)
+            if together == "layer":
                 patch.setattr(Executor, "computes_layers", lambda self: False)
             patch.setattr(Kernel, "layer", fail)
             patch.setattr(Kernel, "layers", fail_in_the_second)
-            task = rf"decode1\.L0{int(together)}\.attn"
+            patch.setattr(Kernel, "forward", fail_in_the_head)
+            task = {"layer": r"decode1\.L00\.attn", "layers": r"decode1\.L01\.attn", "forward": r"decode1\.head"}[
+                together
+            ]
             with pytest.raises(ExecutionError, match=f"{task} failed on CPU: native kernel: no memory"):
                 greedy(model, ids, 4)
         assert greedy(model, ids, 4) == expected
@@ -321,6 +342,7 @@ def lean_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return step(self, ids, *rest)
 
     monkeypatch.setattr(StepModel, "_step", count)
+    no_whole_steps(monkeypatch)
     return rows
 
 
@@ -340,6 +362,7 @@ def test_layers_in_one_call_have_the_bits_and_the_cache_of_a_call_for_each(
 
     folder = tiny_checkpoint(family)
     with loaded(folder, cpu_plan(folder)) as model:
+        no_whole_steps(monkeypatch)
         whole = run(model)
         monkeypatch.setattr(Executor, "computes_layers", lambda self: False)
         assert torch.equal(whole, run(model))

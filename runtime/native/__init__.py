@@ -24,13 +24,13 @@ from torch.nn import functional
 
 from hwmodels.errors import ExecutionError, KernelError
 from hwmodels.machine import Finding, read_machine
-from runtime.native.layer import LayersWords, LayerWords
+from runtime.native.layer import ForwardWords, LayersWords, LayerWords
 
 LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16")
 """Instruction sets that the kernel is compiled for, the best last; AMX is not among them."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE = 9
+_INTERFACE, _NOT_OURS = 10, 3
 MOST_WIDTH = 256
 """Of a head in attend_prompt."""
 _AMX_ROWS = 32  # as many as AMX computes in the time of one
@@ -150,6 +150,11 @@ class Kernel:
         """All layers of such a step, and the norm after them; words.n_done tells which one an ExecutionError is of."""
         check(self.library.scheinfer_layers(ctypes.byref(words), threads()))
 
+    def forward(self, words: ForwardWords, n_threads: int) -> bool:
+        """A whole step; False, and nothing done, if it is not this call's. words.n_parts tells what an error is of."""
+        check((failed := int(self.library.scheinfer_forward(ctypes.byref(words), n_threads))) % _NOT_OURS)
+        return failed == 0
+
     def attend_prompt(self, query: Tensor, key: Tensor, value: Tensor, scale: float, isa: str | None = None) -> Tensor:
         """Causal attention of the last S of T tokens, sums in float32: [B, S, H, Dv].
 
@@ -236,6 +241,7 @@ def load(path: Path) -> Kernel:
     library.scheinfer_attend.argtypes = [*[pointer] * 5, ctypes.c_double, *[ctypes.c_int] * 3]
     library.scheinfer_layer.argtypes = [ctypes.POINTER(LayerWords), ctypes.c_int]
     library.scheinfer_layers.argtypes = [ctypes.POINTER(LayersWords), ctypes.c_int]
+    library.scheinfer_forward.argtypes = [ctypes.POINTER(ForwardWords), ctypes.c_int]
     library.scheinfer_attend_prompt.argtypes = [*[pointer] * 5, ctypes.c_double, *[ctypes.c_int] * 3]
     library.scheinfer_read.argtypes = [pointer, number, ctypes.c_int]
     library.scheinfer_copy.argtypes = [pointer, number, ctypes.c_double, number]

@@ -42,4 +42,23 @@ struct Layers {
   int64_t n_done;  // found: layers computed
 };
 
+// A whole step: token ids to logits. Of the layers all but what is the same for each of them in a call is set.
+struct Forward {
+  Layers layers;  // of which n_layers, rows, n_past, norm and eps are set, too
+  const int64_t* ids;        // [rows]
+  const int64_t* positions;  // [rows], or one for all where position_stride is 0; null: n_past
+  int64_t position_stride;
+  const int64_t* mask;  // n_mask numbers, none of them 0 where this call computes the step
+  int64_t n_mask;
+  const void* embedding;  // [vocab, width]
+  int64_t vocab;
+  const void *cosines, *sines;  // [n_positions, head_width] each, of the positions from first_position on
+  int64_t first_position, n_positions;
+  const void *head, *head_bias;  // [n_logits, width], [n_logits] or null
+  int64_t n_logits;
+  void* logits;      // [rows, n_logits]
+  int64_t* times;    // found: when it began, when the embedding was there, when the MLP of each layer began and ended,
+  int64_t n_parts;   // when the head was there; found: parts of the step that were computed, embedding and head with them
+};
+
 }  // namespace scheinfer

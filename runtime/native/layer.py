@@ -39,3 +39,14 @@ class LayersWords(ctypes.Structure):
         ("eps", c_double),
         ("n_done", c_int64),
     ]
+
+
+class ForwardWords(ctypes.Structure):
+    """A whole step: token ids to logits."""
+
+    _fields_: ClassVar = [
+        ("layers", LayersWords),
+        *((name, c_int64) for name in ("ids", "positions", "position_stride", "mask", "n_mask", "embedding", "vocab")),
+        *((name, c_int64) for name in ("cosines", "sines", "first_position", "n_positions")),
+        *((name, c_int64) for name in ("head", "head_bias", "n_logits", "logits", "times", "n_parts")),
+    ]
