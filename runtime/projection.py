@@ -8,7 +8,7 @@ and torch's, which spin after each call, would wait for each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,21 +46,34 @@ def untouched(modules: Iterable[nn.Module]) -> bool:
     return not hooks._has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
+def _own(rows: Tensor) -> bool:
+    n_rows = rows.shape[0]
+    return n_rows <= FEW_ROWS or (is_kernels(n_rows) and computes_prompt(rows.dtype))
+
+
 class Projection(nn.Linear):
     """A linear layer, in place of the one whose weights it holds."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x @ weight.T + bias, [..., in] -> [..., out]."""
-        kernel = native.kernel()
-        rows = x.reshape(-1, x.shape[-1])
-        own = rows.shape[0] <= FEW_ROWS or (is_kernels(rows.shape[0]) and computes_prompt(x.dtype))
-        if kernel is None or not own or not self.takes(rows):
+        kernel, rows = native.kernel(), x.reshape(-1, x.shape[-1])
+        if kernel is None or not _own(rows) or not self.takes(rows):
             return super().forward(x)
         return kernel.linear(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernel computes this layer of such rows."""
         return native.projects(x, self.weight, self.bias)
+
+
+def project(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """What each of them makes of x, in one call of the kernel where all are its and nobody listens: same bits."""
+    kernel, rows = native.kernel(), x.reshape(-1, x.shape[-1])
+    layers = [module for module in modules if type(module) is Projection and module.takes(rows)]
+    if kernel is None or len(layers) < len(modules) or not _own(rows) or not untouched(modules):
+        return [module(x) for module in modules]
+    found = kernel.linears(rows, [(layer.weight, layer.bias) for layer in layers])
+    return [flat.view(*x.shape[:-1], -1) for flat in found]
 
 
 def use_projections(model: PreTrainedModel) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from runtime import native
+from runtime.projection import project
 
 Tables = tuple[Tensor, Tensor]
 
@@ -71,9 +72,8 @@ def attend_layer(
     batch, n_new, _ = hidden.shape
     cos, sin = (table.expand(batch, -1, -1).reshape(batch * n_new, -1) for table in tables)
     width = cos.shape[-1]
-    query, key, value = (
-        module.get_submodule(name)(hidden).view(batch * n_new, -1, width) for name in ("q_proj", "k_proj", "v_proj")
-    )
+    projections = [module.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
+    query, key, value = (flat.view(batch * n_new, -1, width) for flat in project(projections, hidden))
     if hasattr(module, "q_norm"):
         query, key = module.get_submodule("q_norm")(query), module.get_submodule("k_norm")(key)
     kernel.turn(query, cos, sin)

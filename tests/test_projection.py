@@ -12,7 +12,7 @@ from torch import nn
 
 from runtime import native
 from runtime.devices.emulated import EmulatedDevice
-from runtime.projection import FEW_ROWS, Projection, computes_step
+from runtime.projection import FEW_ROWS, Projection, computes_step, project
 
 KERNEL = native.kernel()
 needs_kernel = pytest.mark.skipif(KERNEL is None, reason="no native kernel")
@@ -50,6 +50,17 @@ def test_a_projection_is_a_sum_in_float32_rounded_once(
             )
     finally:
         native.set_threads(0)
+
+
+@needs_kernel
+def test_projections_in_one_call_are_those_of_each_and_a_listener_still_hears() -> None:
+    x, layers = torch.randn(1, FEW_ROWS, 96).bfloat16(), [projection(96, n, torch.bfloat16) for n in (70, 4, 36)]
+    heard: list[nn.Module] = []
+    apart = [layer(x) for layer in layers]
+    assert all(map(torch.equal, project(layers, x), apart))
+    layers[1].register_forward_hook(lambda module, *_: heard.append(module))
+    assert all(map(torch.equal, project(layers, x), apart))
+    assert heard == [layers[1]]
 
 
 @needs_kernel

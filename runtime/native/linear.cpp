@@ -69,7 +69,9 @@ extern "C" int scheinfer_linear(const void* x, int64_t S, int64_t K, int64_t n_p
     if (!k) return 2;
     const int64_t bytes = dtype == F32 ? 4 : 2, stride = stride_of(K, k->activation_bytes);
     char* rows = memory.at_least(size_t(S * stride));
-    for (int64_t s = 0; s < S; s++) k->load_row(static_cast<const char*>(x) + s * K * bytes, K, rows + s * stride);
+    for_rows(n_threads, S, K, [=](int64_t s) {
+      k->load_row(static_cast<const char*>(x) + s * K * bytes, K, rows + s * stride);
+    });
     Call call{k, rows, K, S, bytes, stride, n_threads, {}, {}};
     int64_t n_rows = 0;
     for (int64_t i = 0; i < n_projections; i++, words += 4) {

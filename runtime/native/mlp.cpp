@@ -205,8 +205,9 @@ int scheinfer_mlp(const void* x, void* y, int64_t S, int64_t D, int dtype, int a
     if (!k) return 2;
     const int64_t weight_bytes = dtype == F32 ? 4 : 2, stride = stride_of(D, k->activation_bytes);
     char* rows = memory.x.at_least(size_t(S * stride));
-    for (int64_t s = 0; s < S; s++)
+    for_rows(n_threads, S, D, [=](int64_t s) {
       k->load_row(static_cast<const char*>(x) + s * D * weight_bytes, D, rows + s * stride);
+    });
     Call call{k, D, S, weight_bytes, MOST_ROWS, act, n_threads, static_cast<char*>(y), nullptr, {}, {}, {}};
     call.sums = reinterpret_cast<float*>(memory.sums.at_least(size_t(S * D) * sizeof(float)));
     read_experts(call, experts, n_experts, rows, stride);
