@@ -15,7 +15,7 @@ from typing import TypeVar
 from hwmodels.errors import FormatError
 from hwmodels.interpolate import LAWS, Grid, Law, Laws
 from hwmodels.load import BUSY_SHARE
-from hwmodels.profile import AXES, RESOURCES, Cold, Contention, Curve, Peak, Repeats, Resource, Sample
+from hwmodels.profile import AXES, RESOURCES, Cold, Contention, Curve, Move, Peak, Repeats, Resource, Sample
 from hwmodels.work import Work
 
 FLOOR_S = 50e-6
@@ -41,6 +41,7 @@ class Part:
     handoff_repeats: dict[str, Repeats] = field(default_factory=dict)
     contention: tuple[Contention, ...] = ()
     cold: tuple[Cold, ...] = ()
+    moves: tuple[Move, ...] = ()
     others_load: float | None = None
 
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from hwmodels.calibrate import Part, fastest, trimmed_mean, with_best_laws
 from hwmodels.errors import FormatError
-from hwmodels.profile import AXES, Cold, Contention, Curve, HardwareProfile, Repeats, Sample
+from hwmodels.profile import AXES, Cold, Contention, Curve, HardwareProfile, Move, Repeats, Sample
 
 _LOAD = "others_load"
 _Mean = Callable[[Sequence[float]], float]
@@ -53,6 +53,7 @@ def pooled(profiles: Sequence[HardwareProfile]) -> HardwareProfile:
             _contention(same, trimmed_mean) for same in zip(*(p.contention for p in profiles), strict=True)
         ),
         cold=tuple(_cold(same, trimmed_mean) for same in zip(*(p.cold for p in profiles), strict=True)),
+        moves=tuple(_move(same, trimmed_mean) for same in zip(*(p.moves for p in profiles), strict=True)),
         notes=(f"The mean of {len(profiles)} calibrations, the first of {first.created}.", *notes),
     )
 
@@ -72,6 +73,7 @@ def pooled_part(parts: Sequence[Part]) -> Part:
         handoff_repeats=_handoff_repeats(parts),
         contention=tuple(_contention(same, fmean) for same in zip(*(p.contention for p in parts), strict=True)),
         cold=tuple(_cold(same, fmean) for same in zip(*(p.cold for p in parts), strict=True)),
+        moves=tuple(_move(same, fmean) for same in zip(*(p.moves for p in parts), strict=True)),
         others_load=max(loads, default=None),
     )
 
@@ -120,6 +122,7 @@ _FACTS: dict[str, Callable[[HardwareProfile], object]] = {
     "what curves measured": lambda p: [(_name(c), [_point(c, s) for s in c.samples]) for c in _ordered(p.curves)],
     "sets of contention": lambda p: [(c.active, c.computing, bool(c.repeats)) for c in p.contention],
     "waits": lambda p: len(p.cold),
+    "moves": lambda p: [move.to for move in p.moves],
 }
 
 
@@ -194,3 +197,15 @@ def _cold(same: Sequence[Cold], mean: _Mean) -> Cold:
     factors = [c.factor for c in same]
     repeats = _repeats(factors, known) if known else None
     return replace(same[0], waited_s=mean([c.waited_s for c in same]), factor=mean(factors), repeats=repeats)
+
+
+def _move(same: Sequence[Move], mean: _Mean) -> Move:
+    known = [m.repeats for m in same if m.repeats is not None]
+    befores_s = [m.before_s for m in same]
+    return replace(
+        same[0],
+        before_s=mean(befores_s),
+        after_s=mean([m.after_s for m in same]),
+        cold_s=mean([m.cold_s for m in same]),
+        repeats=_repeats(befores_s, known) if known else None,
+    )

@@ -18,11 +18,13 @@ from hwmodels.slowing import COMPUTERS as COMPUTERS
 from hwmodels.slowing import RESOURCES as RESOURCES
 from hwmodels.slowing import Cold as Cold
 from hwmodels.slowing import Contention as Contention
+from hwmodels.slowing import Move as Move
 from hwmodels.slowing import Repeats as Repeats
 from hwmodels.slowing import Resource as Resource
 from hwmodels.slowing import Source as Source
+from hwmodels.slowing import check_slowing
+from hwmodels.work import APART, DTYPE_BYTES, Op, Work
 from hwmodels.work import AXES as AXES
-from hwmodels.work import DTYPE_BYTES, Op, Work
 
 SCHEMA = "scheinfer.hardware"
 VERSION = 1
@@ -35,7 +37,7 @@ def _check_dtype(field_name: str, dtype: str) -> None:
         raise FormatError(f"{field_name} names {dtype!r}; expected {', '.join(DTYPE_BYTES)}")
 
 
-_USUAL: dict[Op, Op] = {"activations": "pinned", "attn_apart": "attn"}
+_USUAL: dict[Op, Op] = {"activations": "pinned", **{apart: op for op, apart in APART.items()}}
 """Whose curve answers where an operation's own was not measured."""
 
 
@@ -201,7 +203,8 @@ class HardwareProfile:
     sources      of vram_bytes, host_bytes, cpu_threads and handoff_s, by name; measured where not named
     notes        whose numbers these are and what to know of them, a sentence each
     handoff_repeats  of the numbers in handoff_s, by the same names, where they were measured
-    cold         how much longer what is not an MLP takes after a wait, longer and longer waits
+    cold         how much longer what is not an MLP takes on the device after a wait, longer and longer waits
+    moves        what it takes to go on in another place; where absent, hand-offs as between any two tasks
     """
 
     name: str
@@ -219,6 +222,7 @@ class HardwareProfile:
     notes: tuple[str, ...] = ()
     handoff_repeats: dict[str, Repeats] = field(default_factory=dict)
     cold: tuple[Cold, ...] = ()
+    moves: tuple[Move, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.peaks:
@@ -242,9 +246,7 @@ class HardwareProfile:
         for pair in self.handoff_repeats:
             if pair not in self.handoff_s:
                 raise FormatError(f"handoff_repeats names {pair!r}, which handoff_s lacks")
-        waits = [entry.waited_s for entry in self.cold]
-        if waits != sorted(set(waits)):
-            raise FormatError(f"cold has waits of {waits} s; expected rising ones")
+        check_slowing(self.cold, self.moves)
         if self.vram_bytes < 0 or self.host_bytes <= 0 or self.cpu_threads < 1:
             raise FormatError("vram_bytes must not be negative, host_bytes and cpu_threads must be above zero")
 
@@ -262,8 +264,8 @@ class HardwareProfile:
     def curve(self, resource: Resource, op: Op, dtype: str) -> Curve | None:
         """The curve that answers for an operation, None if there is none; a copy's bytes have no dtype.
 
-        Where copies of activations were not measured for themselves, those of page-locked memory answer, and attention
-        in plans of the CPU alone for that in other plans.
+        Where copies of activations were not measured for themselves, those of page-locked memory answer, and what plans
+        of the CPU alone do for the same in other plans.
         """
         curve = self._index.get((resource, op, dtype))
         if curve is None and op in _USUAL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -57,7 +58,7 @@ class Contention:
 
 @dataclass(frozen=True)
 class Cold:
-    """How much longer what is not an MLP takes after its thread waited for so long, `factor` times.
+    """How much longer what is not an MLP takes on the device after its thread waited for so long, `factor` times.
 
     Calls of torch and Python that were not made for a while find caches, pages and cores taken by others.
     """
@@ -72,3 +73,34 @@ class Cold:
             raise FormatError(f"waited_s is {self.waited_s}, must be above zero")
         if self.factor < 1:
             raise FormatError(f"factor is {self.factor}, must be at least 1")
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a step pays beside the copy of its hidden state where the next layer is in another place.
+
+    before_s  from the end of what ran before to the start of the copy
+    after_s   from the end of the copy to the start of what runs next
+    cold_s    how much longer that takes than where the work before it was in the same place
+    """
+
+    to: Literal["CPU", "GPU"]
+    before_s: float
+    after_s: float
+    cold_s: float
+    source: Source
+    repeats: Repeats | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("before_s", "after_s", "cold_s"):
+            if getattr(self, name) < 0:
+                raise FormatError(f"{name} is {getattr(self, name)}, must not be negative")
+
+
+def check_slowing(cold: Sequence[Cold], moves: Sequence[Move]) -> None:
+    """FormatError unless waits rise and each place is moved to once."""
+    waits, places = [entry.waited_s for entry in cold], [move.to for move in moves]
+    if waits != sorted(set(waits)):
+        raise FormatError(f"cold has waits of {waits} s; expected rising ones")
+    if len(set(places)) < len(places):
+        raise FormatError(f"moves has entries to {', '.join(places)}; expected one for each place")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Op = Literal[
@@ -10,7 +10,9 @@ Op = Literal[
     "attn",
     "attn_apart",
     "head",
+    "head_apart",
     "embed",
+    "embed_apart",
     "join",
     "sample",
     "activations",
@@ -25,7 +27,9 @@ ffn          a gated or plain MLP part: columns of one MLP or expert
 attn         everything in a layer that is not its MLP (norms, attention, router, shared experts)
 attn_apart   the same of one token on the CPU, where other layers of the plan are the device's: layers come one by one
 head         final norm and output projection
+head_apart   the same of one token on the CPU, where layers of the plan are the device's
 embed        token embedding and the mask and position set-up of a step
+embed_apart  the same of one token on the CPU, where layers of the plan are the device's
 join         the sum of a layer's partial outputs
 sample       from logits to the next step's input: the host's loop
 activations  a copy of hidden states through page-locked buffers, right after what made them, beside other work
@@ -40,6 +44,8 @@ AXES: dict[Op, tuple[str, str]] = {
     "head": ("n_tokens", "weight_bytes"),
     "attn": ("n_tokens", "io_bytes"),
     "attn_apart": ("n_tokens", "io_bytes"),
+    "head_apart": ("n_tokens", "weight_bytes"),
+    "embed_apart": ("n_tokens", "io_bytes"),
     "embed": ("n_tokens", "io_bytes"),
     "join": ("n_tokens", "io_bytes"),
     "sample": ("n_tokens", "io_bytes"),
@@ -50,6 +56,9 @@ AXES: dict[Op, tuple[str, str]] = {
     "stream_copy": ("n_tokens", "io_bytes"),
 }
 """Which two quantities of a Work each curve is a function of."""
+
+APART: dict[Op, Op] = {"attn": "attn_apart", "head": "head_apart", "embed": "embed_apart"}
+"""What one token's work on the CPU is where other layers of the plan are the device's."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -113,3 +122,8 @@ def copy(n_bytes: float, dtype: str, pinned: bool = True) -> Work:
 def activations(n_bytes: float, dtype: str) -> Work:
     """Work of moving a step's activations, `n_bytes`, through page-locked buffers: right after what made them."""
     return Work("activations", dtype, 1, 0.0, 0.0, float(n_bytes))
+
+
+def apart(work: Work) -> Work:
+    """The same work of a step whose other parts are in another place."""
+    return replace(work, op=APART[work.op])

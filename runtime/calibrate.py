@@ -8,7 +8,7 @@ full one makes several passes over all parts.
 yardstick  reading and copying large arrays, before and after all others: has the machine's speed changed?
 rest       embedding, attention, head and sampling: a model of the same shapes with random weights and few
            layers, run by the executor with everything on the device, then with everything on the CPU
-apart      attention on the CPU where other layers are the device's
+by turns   attention and ends on the CPU where other layers are the device's, and what changing place takes
 waits      how much longer attention takes after waiting for the CPU or for the link
 overlap    hand-offs between resources, copies of activations and joins, read from an overlapping run
 mlp        MLP parts over width and tokens, on CPU and GPU
@@ -37,6 +37,7 @@ from hwmodels.pool import pooled_part, uncertainty
 from hwmodels.profile import RESOURCES, Curve, HardwareProfile, Resource
 from runtime.adapter import Adapter
 from runtime.alongside import Alongside
+from runtime.byturns import measure_by_turns
 from runtime.capacity import check_free, device_bytes, host_bytes, software
 from runtime.checkpoint import read_config
 from runtime.coldstart import WAITING, measure_cold
@@ -46,7 +47,7 @@ from runtime.projection import FEW_ROWS
 from runtime.resume import KeptParts, KeptRounds, measurement_key
 from runtime.rounds import Effort, Measuring, finish
 from runtime.session import PlannedModel
-from runtime.standin import StandIn, built, measure_apart, measure_overlapped, measure_rest
+from runtime.standin import StandIn, built, measure_overlapped, measure_rest
 from runtime.synthetic import DEFAULT_CONFIG, shrunk
 from runtime.turns import Turn, glance, one_more, progress_bar, take_turns, tell
 from sim.model import ModelSpec, from_config
@@ -56,7 +57,7 @@ from sim.plan import Place
 # A round over all points of attention takes as long as there are layers, and few rounds tell a machine's speed badly:
 # with 6 layers a quick calibration had 4, and two of them in turns differed by 8 to 14 % in attention on the device.
 _STAND_IN_BYTES = 160 << 20
-_N_STAND_INS, _N_POOLS = 7, 3  # open at once: of _PARTS all that have one, and what MicroBench holds
+_N_STAND_INS, _N_POOLS = 8, 3  # open at once: of _PARTS all that have one, and what MicroBench holds
 _PINNED_BYTES = tuple(1 << i for i in (14, 16, 18, 19, 20, 22, 24, 26))
 _PAGEABLE_BYTES = tuple(1 << i for i in (14, 16, 18, 20, 22, 24))
 SETS: tuple[tuple[Resource, ...], ...] = (("CPU", "GPU"), ("CPU", "H2D"), ("GPU", "H2D"), ("CPU", "GPU", "H2D"))
@@ -123,12 +124,12 @@ class _Job:
             device.close()
 
     def stand_in(
-        self, place: Place, gg_share: float, ahead_share: float, overlap: bool = True, host_share: float = 0.0
+        self, place: Place, gg_share: float, ahead_share: float, overlap: bool = True, by_turns: bool = False
     ) -> StandIn:
         """A stand-in model of these shapes."""
         n_ctx = max(self.extent.n_tokens) + max(self.extent.past) + 16
         config = shrunk(self.config, _STAND_IN_BYTES)
-        own = self.device, self.device_bytes, self.cpu_threads, overlap, host_share
+        own = self.device, self.device_bytes, self.cpu_threads, overlap, by_turns
         return StandIn(config, place, gg_share, ahead_share, n_ctx, *own)
 
 
@@ -139,7 +140,7 @@ class _Rig:
     job: _Job
     stack: ExitStack
     _bench: MicroBench | None = None
-    _models: dict[tuple[Place, float, float, bool, float], PlannedModel] = field(default_factory=dict)
+    _models: dict[tuple[Place, float, float, bool, bool], PlannedModel] = field(default_factory=dict)
 
     def bench(self) -> MicroBench:
         """Micro-benchmarks with the calibration's own threads and type of numbers."""
@@ -148,10 +149,10 @@ class _Rig:
         return self._bench
 
     def model(
-        self, place: Place, gg_share: float, ahead_share: float, overlap: bool = True, host_share: float = 0.0
+        self, place: Place, gg_share: float, ahead_share: float, overlap: bool = True, by_turns: bool = False
     ) -> PlannedModel:
         """A stand-in; see StandIn."""
-        key = (place, gg_share, ahead_share, overlap, host_share)
+        key = (place, gg_share, ahead_share, overlap, by_turns)
         if key not in self._models:
             self._models[key] = self.stack.enter_context(built(self.job.stand_in(*key)))
         return self._models[key]
@@ -226,6 +227,7 @@ def _profile(job: _Job, parts: Mapping[str, Part]) -> HardwareProfile:
         notes=remarks(parts),
         handoff_repeats={pair: r for part in parts.values() for pair, r in part.handoff_repeats.items()},
         cold=parts["waits"].cold,
+        moves=parts["layers by turns"].moves,
     )
 
 
@@ -294,12 +296,13 @@ def _rest(place: Place) -> _Measure:
     return measure
 
 
-def _apart(rig: _Rig, effort: Effort) -> Measuring:
-    return (yield from measure_apart(rig.model("GPU", 1.0, 0.0, host_share=0.5), rig.job.extent.past, effort))
+def _by_turns(rig: _Rig, effort: Effort) -> Measuring:
+    models = rig.model("GPU", 1.0, 0.0, by_turns=True), rig.model("GPU", 1.0, 0.0)
+    return (yield from measure_by_turns(*models, rig.job.extent.past, effort))
 
 
 def _waits(rig: _Rig, effort: Effort) -> Measuring:
-    waiting = [rig.model("GPU", *shares, overlap=False) for shares in WAITING]
+    waiting = [rig.model("GPU", *how) for how in WAITING]
     return (yield from measure_cold(rig.model("GPU", 1.0, 0.0), waiting, effort))
 
 
@@ -346,7 +349,7 @@ _PARTS: dict[str, tuple[float, _Measure]] = {
     "yardstick": (0.5, _yardstick),
     "rest on the GPU": (11, _rest("GPU")),
     "rest on the CPU": (8, _rest("CPU")),
-    "layers apart": (1, _apart),
+    "layers by turns": (3, _by_turns),
     "waits": (3, _waits),
     "overlap": (7, _overlap),
     "mlp": (9, _mlp),

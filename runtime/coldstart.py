@@ -20,8 +20,12 @@ from sim.graph import REST
 from sim.timeline import Timeline
 from sim.workload import Step
 
-WAITING = ((0.0, 0.0), (0.75, 0.25), (0.0, 1.0))
-"""Shares of columns that are GG and sent ahead in the stand-ins that wait; the CPU computes what is left."""
+WAITING = ((0.5, 0.0, True), (0.0, 0.0, False), (0.75, 0.25, False), (0.0, 1.0, False))
+"""Shares of columns that are GG and sent ahead in the stand-ins that wait, and whether their tasks overlap.
+
+The CPU computes what is left.
+"""
+_LEAST_S = 1e-6  # the clock's own step, and a wait that is none
 _Found = list[tuple[float, float]]
 
 
@@ -69,4 +73,4 @@ def attention(timeline: Timeline) -> dict[int, tuple[float, float]]:
 
 def _entry(rows: _Found) -> Cold:
     waits_s, factors = zip(*rows, strict=True)
-    return Cold(median(waits_s), max(1.0, median(factors)), "measured", repeats(factors))
+    return Cold(max(_LEAST_S, median(waits_s)), max(1.0, median(factors)), "measured", repeats(factors))

@@ -30,7 +30,7 @@ SCHEMA, ROUNDS_SCHEMA = "scheinfer.calibration-part", "scheinfer.calibration-rou
 Timed = str | Work | tuple[Resource, Work]
 """What rounds time: a hand-off, work, or work on a resource."""
 Key = TypeVar("Key", bound=Timed)
-VERSION = 2
+VERSION = 3
 MAX_AGE_S = 3600.0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from hwmodels.calibrate import Part, handoffs, samples
+from hwmodels.calibrate import handoffs, samples
 from hwmodels.profile import Curve, Resource
 from hwmodels.work import Op, Work, activations
 from runtime.devices import open_device
@@ -26,21 +26,24 @@ from runtime.rounds import Case, Effort, Measuring, flat, in_rounds
 from runtime.session import PlannedModel
 from runtime.synthetic import random_model, uniform_plan
 from sim.compile import compile_step
-from sim.graph import TaskGraph
-from sim.model import from_config
+from sim.graph import Kind, TaskGraph
+from sim.model import ModelSpec, from_config
 from sim.plan import Place
 from sim.timeline import Timeline
 from sim.workload import RoutingTrace, Step
 
 N_PARTIAL = 3  # the overlapping run joins GG, CG and CC
-_N_DECODE = 8
+N_DECODE = 8
+_HEAD: frozenset[Kind] = frozenset(("head",))
+BETWEEN_STEPS: frozenset[Kind] = frozenset(("embed", "sample"))
+"""What is called once a step: all that a step does has gone through the caches since."""
 
 
 @dataclass(frozen=True)
 class StandIn:
     """A stand-in to build: its config, where its attention lives, shares of columns that are GG and sent ahead.
 
-    Without overlap its tasks run one after the other. A host_share of its layers is the CPU's.
+    Without overlap its tasks run one after the other. by_turns: every second layer and the ends are the CPU's.
     """
 
     config: Mapping[str, Any]
@@ -52,7 +55,7 @@ class StandIn:
     device_bytes: int
     cpu_threads: int | None
     overlap: bool = True
-    host_share: float = 0.0
+    by_turns: bool = False
 
 
 @contextmanager
@@ -60,7 +63,7 @@ def built(stand_in: StandIn) -> Iterator[PlannedModel]:
     """The model with random weights, closed at the end."""
     s = stand_in
     spec = from_config(s.config, "stand-in")
-    plan = uniform_plan(spec, s.place, s.gg_share, s.ahead_share, s.n_ctx, s.device_bytes, s.overlap, s.host_share)
+    plan = uniform_plan(spec, s.place, s.gg_share, s.ahead_share, s.n_ctx, s.device_bytes, s.overlap, s.by_turns)
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(s.config, Path(folder), plan, open_device(s.device, s.device_bytes, s.cpu_threads))
     try:
@@ -75,10 +78,14 @@ def built(stand_in: StandIn) -> Iterator[PlannedModel]:
 def measure_rest(
     model: PlannedModel, place: Place, n_tokens: Sequence[int], past: Sequence[int], effort: Effort
 ) -> Measuring:
-    """Curves of attn over tokens and depth, embed over tokens, head and sample, and hand-offs, all on one place."""
+    """Curves of attn over tokens and depth, embed over tokens, head and sample, and hand-offs, all on one place.
+
+    What the device's thread does between steps is left to measure_overlapped: here it has nothing to wait for.
+    """
     spec = model.executor.spec
-    cases: list[Case[Work | str]] = [_pass_case(model, n, p, place) for n in n_tokens for p in past]
-    times = yield from in_rounds([*cases, lambda: _decode_ends(model)], effort)
+    cases: list[Case[Work | str]] = [pass_case(model, n, p, place) for n in n_tokens for p in past]
+    kinds: frozenset[Kind] = BETWEEN_STEPS if place == "CPU" else frozenset()
+    times = yield from in_rounds([*cases, lambda: _decode_ends(model, kinds | _HEAD)], effort)
     rows: dict[Op, dict[Work, list[list[float]]]] = defaultdict(dict)
     for key, rounds in times.items():
         if not isinstance(key, str):
@@ -89,26 +96,7 @@ def measure_rest(
     return replace(handoffs(delays_s), curves=tuple(curves))
 
 
-def measure_apart(model: PlannedModel, past: Sequence[int], effort: Effort) -> Measuring:
-    """A curve of one token's attention on the CPU, of a model whose other layers are the device's."""
-    spec = model.executor.spec
-    times = yield from in_rounds([_apart_case(model, p) for p in past], effort)
-    if not times:  # the layers on the CPU are of another kind than most
-        return Part()
-    curve = Curve("CPU", "attn_apart", spec.dtype, model.executor.device.cpu_threads, "measured", samples(times))
-    return Part((curve,))
-
-
-def _apart_case(model: PlannedModel, past: int) -> Case[Work]:
-    def visit() -> Iterator[tuple[Work, float]]:
-        for work, seconds in _pass_case(model, 1, past, "CPU")():
-            if isinstance(work, Work):
-                yield replace(work, op="attn_apart"), seconds
-
-    return visit
-
-
-def _pass_case(model: PlannedModel, n_tokens: int, past: int, place: Place) -> Case[Work | str]:
+def pass_case(model: PlannedModel, n_tokens: int, past: int, place: Place) -> Case[Work | str]:
     """One forward pass: times of its attention parts on a place, and of embed where it is a prompt's."""
     spec = model.executor.spec
     usual = statistics.mode(spec.rest_bytes(i) for i in range(spec.n_layers))  # other layers scale from these
@@ -123,14 +111,18 @@ def _pass_case(model: PlannedModel, n_tokens: int, past: int, place: Place) -> C
     return visit
 
 
-def _decode_ends(model: PlannedModel) -> Iterator[tuple[Work | str, float]]:
-    """Times of a decode step's ends as generate runs them: embed, head and the loop between steps; and its delays."""
-    spec = model.executor.spec
+def ends_times(spec: ModelSpec, timeline: Timeline, kinds: Collection[Kind]) -> Iterator[tuple[Work, float]]:
+    """Times of a decode step's ends, of some kinds, as generate runs them."""
     works = {"embed": spec.small_work("embed", 1), "head": spec.head_work(1), "sample": spec.small_work("sample", 1)}
-    timeline = _generate(model)
     for span in timeline.spans:
-        if span.kind in works and span.step not in ("prefill", "decode1"):
+        if span.kind in kinds and span.step not in ("prefill", "decode1"):
             yield works[span.kind], span.duration_s
+
+
+def _decode_ends(model: PlannedModel, kinds: Collection[Kind]) -> Iterator[tuple[Work | str, float]]:
+    """Times of a decode step's ends, and its delays."""
+    timeline = generate(model)
+    yield from ends_times(model.executor.spec, timeline, kinds)
     yield from _decode_delays(model, timeline)
 
 
@@ -155,9 +147,10 @@ def forward(model: PlannedModel, n_tokens: int, past: int) -> tuple[Timeline, Ro
     return executor.end_run({})
 
 
-def _generate(model: PlannedModel) -> Timeline:
+def generate(model: PlannedModel) -> Timeline:
+    """A prompt of a few tokens and N_DECODE steps after it."""
     ids = torch.randint(3, model.executor.spec.vocab, (1, 8), device=model.device)
-    n_gen = _N_DECODE + 1
+    n_gen = N_DECODE + 1
     model.generate(ids, max_new_tokens=n_gen, min_new_tokens=n_gen, do_sample=False, pad_token_id=0)
     assert model.last_timeline is not None
     return model.last_timeline
@@ -170,13 +163,14 @@ _Found = tuple[Resource, Work] | str
 
 
 def measure_overlapped(model: PlannedModel, n_tokens: Sequence[int], effort: Effort) -> Measuring:
-    """Hand-offs of decode, and activation copies and joins of passes of n_tokens, all of an overlapping plan.
+    """Hand-offs of decode and what lies between its steps, activation copies and joins of passes of n_tokens.
 
+    All of an overlapping plan: where the device waits for nothing, its calls between steps are 5 to 30 % faster.
     Of n_tokens only powers of two are run: nothing here changes from one token to the next.
     """
     spec = model.executor.spec
     cases: list[Case[_Found]] = [_overlapped_case(model, n) for n in n_tokens if n & (n - 1) == 0]
-    times = yield from in_rounds([*cases, lambda: _decode_delays(model, _generate(model))], effort)
+    times = yield from in_rounds([*cases, lambda: _between_steps(model)], effort)
     delays_s = {key: flat(rounds) for key, rounds in times.items() if isinstance(key, str)}
     rows: dict[tuple[Resource, Op], dict[Work, list[list[float]]]] = defaultdict(dict)
     for key, rounds in times.items():
@@ -185,6 +179,12 @@ def measure_overlapped(model: PlannedModel, n_tokens: Sequence[int], effort: Eff
             rows[resource, work.op][work] = rounds
     curves = (Curve(r, op, spec.dtype, 0, "measured", samples(own)) for (r, op), own in rows.items())
     return replace(handoffs(delays_s), curves=tuple(curves))
+
+
+def _between_steps(model: PlannedModel) -> Iterator[tuple[_Found, float]]:
+    timeline = generate(model)
+    yield from ((("GPU", work), s) for work, s in ends_times(model.executor.spec, timeline, BETWEEN_STEPS))
+    yield from _decode_delays(model, timeline)
 
 
 def _overlapped_case(model: PlannedModel, n_tokens: int) -> Case[_Found]:
@@ -203,8 +203,8 @@ def _overlapped_case(model: PlannedModel, n_tokens: int) -> Case[_Found]:
 def _decode_delays(model: PlannedModel, timeline: Timeline) -> Iterator[tuple[str, float]]:
     """Delays of the decode steps of a generation that has just run, the first one left out."""
     assert model.last_routing is not None
-    for number in range(2, _N_DECODE):
-        step = Step(f"decode{number}", 1, _N_DECODE + number)
+    for number in range(2, N_DECODE):
+        step = Step(f"decode{number}", 1, N_DECODE + number)
         yield from step_delays(model, step, timeline, model.last_routing)
 
 

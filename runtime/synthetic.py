@@ -68,21 +68,22 @@ def uniform_plan(
     n_ctx: int,
     vram_bytes: int,
     overlap: bool = True,
-    host_share: float = 0.0,
+    by_turns: bool = False,
 ) -> Plan:
     """A plan that treats all layers alike: shares of every expert's columns that are GG and sent ahead.
 
-    All but a host_share of the layers, the last ones, which are the CPU's.
+    by_turns: but every second layer, from the first on, and the ends are the CPU's.
     """
     layers, ahead = [], []
     for i, layer in enumerate(spec.layers):
-        here: Place = "CPU" if i >= (1 - host_share) * spec.n_layers else place
+        here: Place = "CPU" if by_turns and i % 2 == 0 else place
         gg = round(layer.ffn.columns * gg_share) if here == "GPU" else 0
         layers.append(LayerPartition(here, (gg,) * layer.ffn.n_experts))
         ahead.append(round(layer.ffn.columns * ahead_share) if here == "GPU" else 0)
     tier = Tier("all", max(n_ctx, 1), overlap, tuple(ahead), None, 2 if any(ahead) else 0)
+    ends: Place = "CPU" if by_turns else place
     return Plan(
-        "calibration", spec.name, spec.id, "", spec.dtype, vram_bytes, n_ctx, 1, True, place, tuple(layers), (tier,)
+        "calibration", spec.name, spec.id, "", spec.dtype, vram_bytes, n_ctx, 1, True, ends, tuple(layers), (tier,)
     )
 
 

@@ -32,7 +32,7 @@ from hwmodels.profile import Resource
 from sim.caching import NO_USE, CacheState, Fetch
 from sim.graph import Kind, Part, Task, TaskGraph, graph
 from sim.model import ModelSpec
-from sim.plan import Plan, Tier, caches_layer
+from sim.plan import Place, Plan, Tier, caches_layer
 from sim.workload import Routing, RoutingOf, Step
 
 
@@ -110,7 +110,7 @@ class StepCompiler:
 
     def begin(self) -> list[Task]:
         """Embedding, and the first columns that are sent ahead."""
-        embed = self._end_task("embed", self.spec.small_work("embed", self.step.n_tokens))
+        embed = self._end_task("embed", self._on(self.plan.ends, self.spec.small_work("embed", self.step.n_tokens)))
         return [embed, *self._send_ahead(-1)]
 
     def layer(self, layer: int, routing: Routing) -> list[Task]:
@@ -123,9 +123,7 @@ class StepCompiler:
         before = self.plan.ends if layer == 0 else self.plan.layers[layer - 1].rest
         tasks = self._move(layer, before, place)
         attention = self.spec.attention_work(layer, self.step.n_tokens, self.step.kv_tokens, self.step.batch)
-        if place == "CPU" and self.step.n_tokens == 1 and self.plan.uses_gpu:
-            attention = replace(attention, op="attn_apart")
-        attn = self._task("attn", layer, place, (attention,), (self._prev,))
+        attn = self._task("attn", layer, place, (self._on(place, attention),), (self._prev,))
         self._prev = attn.id
         return [*tasks, attn]
 
@@ -148,7 +146,7 @@ class StepCompiler:
         """Head and sampling."""
         last = self.plan.layers[-1].rest
         tasks = self._move(self.spec.n_layers, last, self.plan.ends)
-        head = self._end_task("head", self.spec.head_work(self.step.batch))
+        head = self._end_task("head", self._on(self.plan.ends, self.spec.head_work(self.step.batch)))
         sample = self._end_task("sample", self.spec.small_work("sample", self.step.batch))
         return [*tasks, head, sample]
 
@@ -271,6 +269,11 @@ class StepCompiler:
     ) -> Task:
         name = f"{self.step.name}.L{layer:02d}.{kind}"
         return Task(name, kind, resource, works, tuple(d for d in deps if d), self.step.name, layer)
+
+    def _on(self, place: Place, demand: work.Work) -> work.Work:
+        """What it is there: one token's on the CPU is another where other layers are the device's."""
+        is_apart = place == "CPU" and self.step.n_tokens == 1 and self.plan.uses_gpu
+        return work.apart(demand) if is_apart else demand
 
     def _end_task(self, kind: Kind, demand: work.Work) -> Task:
         deps = (self._prev,) if self._prev else ()

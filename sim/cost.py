@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hwmodels.profile import RESOURCES, HardwareProfile, computing_share
-from sim.graph import TaskGraph
+from sim.graph import MOVES, TaskGraph
 
 EVIDENCE = ("measured", "interpolated", "extrapolated", "specified")
 
@@ -19,7 +19,8 @@ class Prices:
     lag_s       per task and dependency: seconds between the dependency's end and the task's earliest start
     evidence    how many costs were measured, interpolated, extrapolated or specified
     computing   per task: how far it computes rather than reads, where contention tells these apart; empty: all read
-    cold        (seconds waited, how much longer what is not an MLP takes then), rising
+    cold        (seconds waited, how much longer what is not an MLP takes then on the device), rising
+    moved_s     how much longer the first of these on the device takes after work of the CPU
     """
 
     duration_s: list[float]
@@ -27,6 +28,7 @@ class Prices:
     evidence: dict[str, int]
     computing: Sequence[float] = ()
     cold: tuple[tuple[float, float], ...] = ()
+    moved_s: float = 0.0
 
 
 def price(graph: TaskGraph, profile: HardwareProfile) -> Prices:
@@ -47,7 +49,8 @@ def price(graph: TaskGraph, profile: HardwareProfile) -> Prices:
         durations.append(duration_s)
         computing.append(computing_share(flops_s, bytes_s) if task.resource in told_apart else 0.0)
     cold = tuple((entry.waited_s, entry.factor) for entry in profile.cold)
-    return Prices(durations, _lags(graph, profile), evidence, computing, cold)
+    moved_s = sum(move.cold_s for move in profile.moves if move.to == "GPU")
+    return Prices(durations, _lags(graph, profile), evidence, computing, cold, moved_s)
 
 
 def _lags(graph: TaskGraph, profile: HardwareProfile) -> list[tuple[float, ...]]:
@@ -57,4 +60,16 @@ def _lags(graph: TaskGraph, profile: HardwareProfile) -> list[tuple[float, ...]]
     for r, deps in zip(resource, graph.arrays.deps, strict=True):
         row = handoff_s[r]
         lags.append(tuple([row[resource[j]] for j in deps]))
-    return lags
+    return _moved(graph, profile, lags) if profile.moves else lags
+
+
+def _moved(graph: TaskGraph, profile: HardwareProfile, lags: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """The same with what moving a hidden state takes before its copy, and after it."""
+    moves = {MOVES[move.to]: move for move in profile.moves}
+    kinds = [task.kind for task in graph]
+    return [
+        (moves[kind].before_s,) * len(deps)
+        if kind in moves
+        else tuple([moves[kinds[j]].after_s if kinds[j] in moves else lag for j, lag in zip(deps, own, strict=True)])
+        for kind, deps, own in zip(kinds, graph.arrays.deps, lags, strict=True)
+    ]

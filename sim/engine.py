@@ -6,7 +6,8 @@ resource is free and every dependency has ended and been handed over; tasks behi
 Resources share DRAM, so tasks in flight slow each other. With a rate table each of them has work left
 and progresses at the rate of the set of resources now active; when the set changes, the work left is
 brought up to date and the end is set anew. Rates also depend on how far work computes rather than reads memory.
-What is not an MLP takes longer after its thread waited: prices.cold says how much.
+What is not an MLP takes longer on the device after its thread waited, or comes from work of the CPU: prices.cold and
+prices.moved_s say how much.
 
 SimPy is used through callbacks on Timeout, without processes: an event per task, not five.
 """
@@ -78,6 +79,7 @@ def check_prices(graph: TaskGraph, prices: Prices) -> None:
 
 
 _BITS = [1 << r for r in range(len(RESOURCES))]
+_GPU = RESOURCES.index("GPU")
 _LEVELS, _LEVEL_BITS = 8, 4
 """How far work computes is counted in eighths: rates are asked for once per set of resources and levels."""
 
@@ -174,7 +176,7 @@ class _SharedRun(_Run):
         for i, share in enumerate(prices.computing):
             if share:
                 self.bits[i] |= _at_level(self.resource[i], share)
-        self.caller = _Caller(graph, prices) if prices.cold else None
+        self.caller = _Caller(graph, prices) if prices.cold or prices.moved_s else None
         self.task = [-1 for _ in RESOURCES]
         self.left_s, self.since_s, self.rate = ([0.0 for _ in RESOURCES] for _ in range(3))
         self.timer: list[Event | None] = [None for _ in RESOURCES]
@@ -248,16 +250,18 @@ class _Caller:
     """
 
     def __init__(self, graph: TaskGraph, prices: Prices) -> None:
-        self.resource, self.duration_s, self.cold = graph.arrays.resource, prices.duration_s, prices.cold
+        self.resource, self.duration_s, self.prices = graph.arrays.resource, prices.duration_s, prices
         self.is_rest = [task.kind in REST for task in graph]
         self.at = -1  # resource of the last such task; none ran yet
         self.since_s = 0.0  # its end, and what its resource worked afterwards
 
     def begin(self, i: int, now_s: float) -> float:
         """Seconds of a task that begins now, alone."""
-        if self.at < 0 or not self.is_rest[i]:
-            return self.duration_s[i]
-        return self.duration_s[i] * cold_factor(self.cold, now_s - self.since_s)
+        alone_s = self.duration_s[i]
+        if self.at < 0 or not self.is_rest[i] or self.resource[i] != _GPU:
+            return alone_s
+        waited_s = alone_s * cold_factor(self.prices.cold, now_s - self.since_s)
+        return waited_s if self.at == _GPU else max(waited_s, alone_s + self.prices.moved_s)
 
     def end(self, i: int, took_s: float, now_s: float) -> None:
         """A task has ended."""

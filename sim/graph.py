@@ -42,6 +42,10 @@ REST: frozenset[Kind] = frozenset(("embed", "attn", "head", "sample"))
 """What is not an MLP: small calls of torch and Python, one after the other on one thread."""
 
 
+MOVES: dict[Literal["CPU", "GPU"], Kind] = {"CPU": "hidden_d2h", "GPU": "hidden_h2d"}
+"""What brings a hidden state to a place."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Columns [start, stop) of one expert for n_tokens tokens: what a cc, cg, gg or send task covers.

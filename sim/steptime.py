@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hwmodels.profile import RESOURCES, Resource
-from hwmodels.work import Work
+from hwmodels.profile import RESOURCES, Move, Resource
+from hwmodels.work import APART, Work, apart
 from sim.layercost import AheadCosts, Count, Mask, Prices, Seconds, Sending, Slowdown, ahead_costs, contended
 from sim.placement import Filling
 from sim.plan import Place
@@ -130,14 +130,15 @@ class StepTimes:
         """Seconds of what no placement changes: embedding, attention, CPU layers, moves, head, sampling; [step]."""
         every = slice(None)
         clock = _Clock(self.prices, np.zeros((len(self.steps), 1, 1)), ends)
-        clock.run_s(ends, self._end_s(ends, "embed", every))
+        alone = ends == "CPU" and not filling.device_layers
+        clock.run_s(ends, self._end_s(ends, "embed", every, alone))
         for layer in range(self.prices.spec.n_layers):
             place: Place = "CPU" if filling.on_cpu(layer) else "GPU"
             clock.move(place, self.n_tokens)
-            clock.run_s(place, self._layer_s(place, layer, every))
+            clock.run_s(place, self._layer_s(place, layer, every, alone))
             if place == "CPU":
                 clock.run_s("CPU", self._cpu_mlp_s(layer, every))
-        self._finish(clock, ends, every)
+        self._finish(clock, ends, every, alone)
         return clock.end_s[:, 0, 0]
 
     # -- columns sent ahead ---------------------------------------------------------------------------
@@ -165,19 +166,19 @@ class StepTimes:
             else self._ahead_costs(filling, layer, tuple(s.ahead_of(layer) for s in sendings)).at(units[:, layer], some)
             for layer in range(n_layers)
         ]
-        clock.run_s(ends, self._end_s(ends, "embed", some))
+        clock.run_s(ends, self._end_s(ends, "embed", some, alone=False))
         link.send(costs[0])
         for layer, cost in enumerate(costs):
             following = costs[layer + 1] if layer + 1 < n_layers else None
             place: Place = "CPU" if cost is None else "GPU"
             clock.move(place, self.n_tokens)
-            clock.run_s(place, self._layer_s(place, layer, some))
+            clock.run_s(place, self._layer_s(place, layer, some, alone=False))
             if cost is None:
                 clock.run_s("CPU", self._cpu_mlp_s(layer, some))
                 link.send(following)
             else:
                 link.mlp(cost, following, self.n_tokens)
-        self._finish(clock, ends, some)
+        self._finish(clock, ends, some, alone=False)
         return clock.end_s
 
     def _ahead_costs(self, filling: Filling, layer: int, ahead: tuple[int, ...]) -> AheadCosts:
@@ -191,11 +192,12 @@ class StepTimes:
 
     # -- parts that are not MLPs ----------------------------------------------------------------------
 
-    def _end_s(self, place: Place, op: str, some: slice) -> Seconds:
-        """Seconds of embedding, head or sampling, [step, 1, 1]."""
-        if (place, op) not in self._beside_s:
-            self._beside_s[place, op] = self._each_s(place, [self._end(op, step) for _, step in self.steps])
-        return self._beside_s[place, op][some]
+    def _end_s(self, place: Place, op: str, some: slice, alone: bool) -> Seconds:
+        """Seconds of embedding, head or sampling, [step, 1, 1]; alone: in a plan without the device."""
+        key = place, op, alone
+        if key not in self._beside_s:
+            self._beside_s[key] = self._each_s(place, [self._end(op, step) for _, step in self.steps], alone)
+        return self._beside_s[key][some]
 
     def _end(self, op: str, step: Step) -> Work:
         spec = self.prices.spec
@@ -203,17 +205,19 @@ class StepTimes:
             return spec.head_work(step.batch)
         return spec.small_work("embed", step.n_tokens) if op == "embed" else spec.small_work("sample", step.batch)
 
-    def _layer_s(self, place: Place, layer: int, some: slice) -> Seconds:
-        """Seconds of what a layer does beside its MLP, [step, 1, 1]."""
+    def _layer_s(self, place: Place, layer: int, some: slice, alone: bool) -> Seconds:
+        """Seconds of what a layer does beside its MLP, [step, 1, 1]; alone: in a plan without the device."""
         spec = self.prices.spec
-        key = place, spec.layers[layer]
+        key = place, spec.layers[layer], alone
         if key not in self._beside_s:
             steps = [step for _, step in self.steps]
             works = [spec.attention_work(layer, s.n_tokens, s.kv_tokens, s.batch) for s in steps]
-            self._beside_s[key] = self._each_s(place, works)
+            self._beside_s[key] = self._each_s(place, works, alone)
         return self._beside_s[key][some]
 
-    def _each_s(self, place: Place, works: list[Work]) -> Seconds:
+    def _each_s(self, place: Place, works: list[Work], alone: bool) -> Seconds:
+        if place == "CPU" and self.n_tokens == 1 and not alone:
+            works = [apart(work) if work.op in APART else work for work in works]
         return np.array([self.prices.profile.time_s(place, work).seconds for work in works])[:, None, None]
 
     def _cpu_mlp_s(self, layer: int, some: slice) -> Seconds:
@@ -227,10 +231,10 @@ class StepTimes:
             self._cpu_mlps_s[layer] = np.array(each)[:, None, None]
         return self._cpu_mlps_s[layer][some]
 
-    def _finish(self, clock: _Clock, ends: Place, some: slice) -> None:
+    def _finish(self, clock: _Clock, ends: Place, some: slice, alone: bool) -> None:
         clock.move(ends, self.n_tokens)
-        clock.run_s(ends, self._end_s(ends, "head", some))
-        clock.run_s(ends, self._end_s(ends, "sample", some))
+        clock.run_s(ends, self._end_s(ends, "head", some, alone))
+        clock.run_s(ends, self._end_s(ends, "sample", some, alone))
 
 
 class _Clock:
@@ -242,10 +246,16 @@ class _Clock:
         self.end_s = start_s
         self.free: dict[str, Seconds] = dict.fromkeys(RESOURCES, start_s)
         self.before = ""
+        self.moved: Move | None = None
 
     def run_s(self, resource: str, seconds: float | Seconds) -> None:
         """The next task of the chain, on that resource, of that many seconds."""
         lag_s = self.prices.lag_s(self.before, resource) if self.before else 0.0
+        if self.moved is not None:
+            lag_s, self.moved = self.moved.after_s, None
+        self._run_s(resource, seconds, lag_s)
+
+    def _run_s(self, resource: str, seconds: float | Seconds, lag_s: float) -> None:
         self.end_s = np.maximum(self.free[resource], self.end_s + lag_s) + seconds
         self.free[resource] = self.end_s
         self.before = resource
@@ -254,7 +264,10 @@ class _Clock:
         """Copy the hidden states if the next task runs elsewhere."""
         if place != self.place:
             copier: Resource = "H2D" if place == "GPU" else "D2H"
-            self.run_s(copier, self.prices.activations_s(copier, n_tokens))
+            seconds = self.prices.activations_s(copier, n_tokens)
+            self.moved = next((move for move in self.prices.profile.moves if move.to == place), None)
+            lag_s = self.prices.lag_s(self.before, copier) if self.moved is None else self.moved.before_s
+            self._run_s(copier, seconds, lag_s)
             self.place = place
 
 

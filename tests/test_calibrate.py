@@ -33,6 +33,7 @@ from hwmodels.profile import Cold, Contention, Curve, HardwareProfile, Repeats, 
 from hwmodels.work import Work
 from runtime import calibrate as calibration
 from runtime import rounds, turns
+from runtime.byturns import moves
 from runtime.calibrate import FULL, SMOKE, calibrate
 from runtime.coldstart import attention
 from runtime.resume import KeptParts, Timed
@@ -523,3 +524,24 @@ def test_a_wait_is_what_the_device_did_not_compute_between_attentions():
     spans = [Span(f"{k}{la}", k, "GPU", "prefill", la, s, e, 0.0, 0.0) for k, la, s, e in ran]
     spans.append(Span("cc", "cc", "CPU", "prefill", 0, 1, 5, 0.0, 0.0))
     assert attention(Timeline("measured", tuple(spans), {})) == {1: (2.0, 2.0)}
+
+
+def test_changes_of_place_are_read_from_what_lies_around_their_copies():
+    # CPU: |embed|            |attn|
+    # GPU:             |attn|          its attention takes 3, 1 more than usual
+    ran = (
+        ("embed", "CPU", 0, 1),
+        ("hidden_h2d", "H2D", 5, 6),
+        ("attn", "GPU", 8, 11),
+        ("hidden_d2h", "D2H", 12, 13),
+        ("attn", "CPU", 13.5, 15),
+    )
+    spans = [Span(f"{kind}{start}", kind, place, "decode1", 1, start, end, 0.0, 0.0) for kind, place, start, end in ran]
+    found = list(moves(Timeline("measured", tuple(spans), {}), usual_s=2.0))
+    assert sorted(found) == [
+        ("CPU after", 0.5),
+        ("CPU before", 1.0),
+        ("GPU after", 2.0),
+        ("GPU before", 4.0),
+        ("GPU cold", 1.0),
+    ]

@@ -311,3 +311,11 @@ def test_one_token_on_the_cpu_is_a_layer_apart_where_other_layers_are_the_device
     assert ops(alone, 1) == {"attn"}
     assert ops(beside, 1) == {"attn_apart"}
     assert ops(beside, 5) == {"attn"}
+
+    def ends(plan: Plan) -> list[str]:
+        tasks = compiled(spec, plan, Step("decode1", 1, 9))
+        return [work.op for task in tasks if task.kind in ("embed", "head", "sample") for work in task.works]
+
+    assert ends(alone) == ["embed", "head", "sample"]
+    assert ends(replace(beside, ends="CPU")) == ["embed_apart", "head_apart", "sample"]
+    assert ends(beside) == ["embed", "head", "sample"]

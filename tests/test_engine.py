@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwmodels.errors import GraphError, ProfileError
-from hwmodels.profile import COMPUTERS, RESOURCES, Contention, Resource
+from hwmodels.profile import COMPUTERS, RESOURCES, Contention, Move, Resource
 from hwmodels.work import Work
 from sim.cost import Prices, price
 from sim.engine import Rates, execute, schedule
@@ -249,6 +249,46 @@ def test_mlp_parts_start_as_they_are_and_so_does_everything_without_contention()
     assert cold_run(*tasks)[:3] == [1, 5, 6]
     made, prices = unit_graph(*tasks)
     assert schedule(made, replace(prices, cold=COLD))[1] == [1, 5, 6, 7]
+
+
+def test_what_runs_on_the_cpu_is_never_cold() -> None:
+    # GPU: |a0|                     waits are measured of the device's thread
+    # H2D:     |--w--|
+    # CPU:            |a1|
+    assert cold_run(attention("a0", GPU, 1), task("w", H2D, 4, "a0"), attention("a1", CPU, 1, "w"))[-1] == 6
+
+
+# -- moves --------------------------------------------------------------------------------------------
+
+
+def move(name: str, resource: Resource, *deps: str) -> Task:
+    return replace(task(name, resource, 1, *deps), kind="hidden_h2d" if resource == H2D else "hidden_d2h")
+
+
+MOVED = machine(handoff_s={"CPU>H2D": 0.5, "GPU>D2H": 0.5, "D2H>CPU": 0.5, "H2D>GPU": 0.5}).with_(
+    moves=(Move("GPU", 4.0, 2.0, 3.0, "measured"),)
+)
+CROSSING = attention("a0", CPU, 1), move("up", H2D, "a0"), attention("a1", GPU, 1, "up"), attention("a2", GPU, 1, "a1")
+
+
+def test_a_hidden_state_is_handed_on_later_than_what_a_layer_hands_on() -> None:
+    # CPU: |a0|                    4 before the copy, 2 after it
+    # H2D:         |up|
+    # GPU:                 |a1||a2|
+    made = graph(CROSSING)
+    assert schedule(made, price(made, MOVED))[0] == [0, 5, 8, 9]
+    # the copy of a partial result is no move, nor is one to a place of which nothing is known
+    inner = graph([task("c", CPU, 1), task("up", H2D, 1, "c"), move("down", D2H, "up")])
+    assert price(inner, MOVED).lag_s == [(), (0.5,), (0.0,)]
+
+
+def test_what_follows_the_cpus_work_on_the_device_finds_it_cold() -> None:
+    made = graph(CROSSING)
+    prices = price(made, MOVED)
+    assert schedule(made, prices, MOVED.rates)[1][2:] == [12, 13]  # 1 + 3, then 1
+    warm = replace(prices, moved_s=0.0, cold=((6.0, 2.0),))
+    assert schedule(made, warm, MOVED.rates)[1][2] == 10  # it waited for 7: twice as long
+    assert schedule(made, replace(warm, moved_s=3.0), MOVED.rates)[1][2] == 12, "the longer of the two"
 
 
 # -- laws, on random graphs ---------------------------------------------------------------------------

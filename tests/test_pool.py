@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hwmodels.calibrate import Part
 from hwmodels.errors import FormatError
 from hwmodels.pool import pooled, pooled_part, uncertainty
-from hwmodels.profile import Cold, Contention, Curve, HardwareProfile, Peak, Repeats, Sample, load_profile
+from hwmodels.profile import Cold, Contention, Curve, HardwareProfile, Move, Peak, Repeats, Sample, load_profile
 
 PEAK = Peak({"float32": 1.0}, 1.0, efficiency=1.0, fixed_s=0.0, source="measured")
 
@@ -37,6 +37,7 @@ def calibrated(slowness: float, created: str = "2026-01-01", load: str = "up to 
         handoff_repeats={"CPU>GPU": Repeats(0.25, 3)},
         contention=(Contention(("CPU", "H2D"), {"CPU": 0.5 / slowness, "H2D": 1.0}, "measured"),),
         cold=(Cold(slowness, 1 + slowness / 10, "measured", Repeats(0.01, 4)),),
+        moves=(Move("GPU", slowness, slowness / 2, slowness / 4, "measured", Repeats(0.5, 2)),),
     )
 
 
@@ -48,6 +49,7 @@ def test_every_number_is_the_mean_of_the_calibrations_without_the_fastest_and_th
     assert found.handoff_s == {"CPU>GPU": 0.5}
     assert found.contention[0].rate == {"CPU": pytest.approx((1 / 4 + 1 / 12) / 2), "H2D": 1.0}
     assert (found.cold[0].waited_s, found.cold[0].factor) == (4.0, pytest.approx(1.4))
+    assert found.moves == (Move("GPU", 4.0, 2.0, 1.0, "measured", Repeats(8.0, 8)),), "9 - 1 is the widest"
     assert found.peaks["CPU"].bytes_per_s == 4e6 / 4.0, "peaks are read from the pooled curves"
     assert found.peaks["H2D"].bytes_per_s == 2e6 / 4.0
     assert (found.vram_bytes, found.created) == (111, "2026-01-02"), "the least memory, the last date"
@@ -55,7 +57,7 @@ def test_every_number_is_the_mean_of_the_calibrations_without_the_fastest_and_th
 
 def test_passes_over_a_part_count_with_their_mean():
     one, two = (
-        Part(p.curves, p.handoff_s, p.handoff_repeats, p.contention, p.cold, load)
+        Part(p.curves, p.handoff_s, p.handoff_repeats, p.contention, p.cold, p.moves, load)
         for p, load in ((calibrated(1.0), None), (calibrated(2.0), 0.25))
     )
     found = pooled_part([one, two])
@@ -63,6 +65,7 @@ def test_passes_over_a_part_count_with_their_mean():
     assert (found.handoff_s, found.others_load) == ({"CPU>GPU": 1.5 / 8}, 0.25)
     assert found.handoff_repeats["CPU>GPU"] == Repeats(0.25, 6)
     assert (found.contention[0].rate["CPU"], found.cold[0].waited_s) == (0.375, 1.5)
+    assert found.moves[0].before_s == 1.5
     assert pooled_part([two]) == two
 
 
@@ -117,6 +120,7 @@ def test_the_order_of_calibrations_does_not_matter_and_equal_ones_change_nothing
         (calibrated(1.0).with_(curves=calibrated(1.0).curves[:1]), "what curves measured"),
         (calibrated(1.0).with_(contention=()), "sets of contention"),
         (calibrated(1.0).with_(cold=()), "waits"),
+        (calibrated(1.0).with_(moves=()), "moves"),
     ],
 )
 def test_what_does_not_belong_together_is_not_pooled(other: HardwareProfile, what: str):

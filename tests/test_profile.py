@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hwmodels import work
 from hwmodels.errors import FormatError, ProfileError
-from hwmodels.profile import Cold, Contention, Curve, HardwareProfile, Peak, Repeats, Sample, load_profile
+from hwmodels.profile import Cold, Contention, Curve, HardwareProfile, Move, Peak, Repeats, Sample, load_profile
 from hwmodels.schema import to_json
 from hwmodels.work import Work
 
@@ -44,6 +44,7 @@ PROFILE = HardwareProfile(
     handoff_s={"CPU>GPU": 0.5},
     contention=(Contention(("CPU", "H2D"), {"CPU": 0.5, "H2D": 0.8}, "measured"),),
     cold=(Cold(0.125, 1.25, "measured"), Cold(0.25, 1.5, "measured", Repeats(0.5, 9))),
+    moves=(Move("CPU", 0.5, 0.25, 0.0, "measured"), Move("GPU", 1.0, 0.5, 2.0, "measured", Repeats(0.5, 9))),
 )
 
 
@@ -219,7 +220,7 @@ def test_a_profile_survives_its_file(tmp_path):
 
 def test_fields_that_came_later_may_be_absent(tmp_path):
     value = document()
-    del value["sources"], value["notes"], value["handoff_repeats"], value["cold"]
+    del value["sources"], value["notes"], value["handoff_repeats"], value["cold"], value["moves"]
     del value["peaks"]["CPU"]["sources"], value["curves"][0]["laws"], value["curves"][0]["samples"][0]["outliers"]
     assert load_profile(written(tmp_path, value)).notes == ()
 
@@ -292,6 +293,9 @@ def put(value: Any, path: str, new: Any) -> None:
         ("cold.0.factor", 0.9, r"hw.json.cold\[0\]: factor is 0.9, must be at least 1"),
         ("cold.0.waited_s", 0, r"hw.json.cold\[0\]: waited_s is 0.*, must be above zero"),
         ("cold.0.waited_s", 0.5, r"hw.json: cold has waits of \[0.5, 0.25\] s; expected rising ones"),
+        ("moves.0.to", "H2D", r"moves\[0\].to: found 'H2D', expected one of 'CPU', 'GPU'"),
+        ("moves.0.to", "GPU", "hw.json: moves has entries to GPU, GPU; expected one for each place"),
+        ("moves.1.cold_s", -1.0, r"hw.json.moves\[1\]: cold_s is -1.0, must not be negative"),
         ("handoff_s", {"CPU->GPU": 0.1}, "hw.json: handoff_s names 'CPU->GPU'; write it as FROM>TO with CPU, GPU"),
         ("handoff_s", {"CPU>GPU": -0.1}, "hw.json: handoff_s.CPU>GPU is -0.1, must not be negative"),
         ("contention.0.rate.CPU", 1.2, r"hw.json.contention\[0\]: rate of CPU is 1.2, must be above 0 and at most 1"),

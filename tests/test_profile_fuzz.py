@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hwmodels import work
 from hwmodels.errors import FormatError, ScheInferError
-from hwmodels.profile import Cold, Contention, Curve, HardwareProfile, Peak, Repeats, Sample, load_profile
+from hwmodels.profile import Cold, Contention, Curve, HardwareProfile, Move, Peak, Repeats, Sample, load_profile
 from hwmodels.schema import to_json
 from runtime.cli.entry import main
 
@@ -49,8 +49,9 @@ PROFILE = HardwareProfile(
     notes=("A note.",),
     handoff_repeats={"CPU>GPU": Repeats(1e-6, 20)},
     cold=(Cold(1e-3, 1.5, "measured", Repeats(0.5, 9)),),
+    moves=(Move("GPU", 1e-4, 1e-5, 1e-3, "measured", Repeats(1e-6, 9)),),
 )
-OPTIONAL = {"sources", "notes", "handoff_repeats", "laws", "outliers", "repeats", "computing", "cold"}
+OPTIONAL = {"sources", "notes", "handoff_repeats", "laws", "outliers", "repeats", "computing", "cold", "moves"}
 """What may be absent: it came later, or says nothing where it is empty."""
 FREE = {"name", "created", "fingerprint", "notes"}
 """Texts in which anything is allowed."""

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwmodels.errors import PlanError
-from hwmodels.profile import HardwareProfile
+from hwmodels.profile import Curve, HardwareProfile, Move, Sample
+from hwmodels.work import APART, Op
 from sim.compile import compile_step
 from sim.cost import price
 from sim.heap import recur
@@ -41,6 +42,11 @@ def sendings(draw: st.DrawFn) -> Sending:
     return draw(st.sampled_from((Sending(), Sending(0, draw(st.integers(1, 4)), columns, draw(st.integers(1, 4))))))
 
 
+def apart_curve(op: Op, dtype: str) -> Curve:
+    """Work of plans that have the device's layers beside the CPU's takes longer than by the roofline."""
+    return Curve("CPU", op, dtype, 4, "measured", (Sample(1, 1e3, 1e3, 1e3, 1e-5, 0.0, 1),))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_the_times_of_many_candidates_are_those_of_the_engine(data):
@@ -49,6 +55,10 @@ def test_the_times_of_many_candidates_are_those_of_the_engine(data):
     rates = {k: draw(st.sampled_from((1.0, 3.0, 10.0))) for k in ("cpu_gb_s", "gpu_gb_s", "link_gb_s")}
     profile = machine(**rates, gpu_gflops=10, cpu_gflops=2, fixed_s=draw(st.sampled_from((0.0, 1e-7))))
     profile = profile.with_(handoff_s=draw(st.dictionaries(st.sampled_from(PAIRS), st.sampled_from((1e-8, 1e-7)))))
+    places = draw(st.lists(st.sampled_from(("CPU", "GPU")), unique=True))
+    profile = profile.with_(moves=tuple(Move(place, 3e-7, 2e-7, 0.0, "measured") for place in places))
+    if draw(st.booleans()):
+        profile = profile.with_(curves=tuple(apart_curve(op, spec.dtype) for op in APART.values()))
     workload = Workload(
         draw(st.integers(1, 9)), 2, batch=draw(st.integers(1, 2)), skew=draw(st.sampled_from((0.0, 1.0)))
     )

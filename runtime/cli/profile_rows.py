@@ -32,6 +32,13 @@ def figure_rows(profile: HardwareProfile) -> list[Row]:
     for cold in profile.cold:
         label = f"no MLP's, after waiting {format_number(cold.waited_s * 1e3)} ms{_spread(cold.repeats, 1.0, '')}"
         rows.append(_row("cold start", label, cold.factor, "of warm", cold.source))
+    for move in profile.moves:
+        told = {
+            f"before the copy{_spread(move.repeats, 1e6, ' µs')}": move.before_s,
+            "after the copy": move.after_s,
+            "more for what comes next": move.cold_s,
+        }
+        rows += [_row(f"move to {move.to}", label, s * 1e6, "µs", move.source) for label, s in told.items()]
     return rows
 
 
