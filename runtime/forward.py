@@ -45,21 +45,20 @@ class Tables:
 
     rotary: Any
     like: Tensor
-    buffer: Tensor | None = None
-    version: int = -1
+    frequencies: Tensor | None = None
     first: int = -1
     both: tuple[Tensor, Tensor] | None = None
 
     def hold(self, position: int) -> tuple[Tensor, Tensor]:
         """Tables [T, D] that hold a position, made by the model's own module."""
-        first, buffer = position // _N_POSITIONS * _N_POSITIONS, self.rotary._buffers["inv_freq"]
-        assert buffer is not None, "asked when the model was made"
-        same = buffer is self.buffer and first == self.first
-        if self.both is None or not same or buffer._version != self.version:
+        first, now = position // _N_POSITIONS * _N_POSITIONS, self.rotary._buffers["inv_freq"]
+        assert now is not None, "asked when the model was made"
+        same = self.frequencies is not None and torch.equal(now, self.frequencies)  # a version misses .data and NumPy
+        if self.both is None or not same or first != self.first:
             with torch.inference_mode(False), torch.no_grad():
-                positions = torch.arange(first, first + _N_POSITIONS)[None]
+                positions = torch.arange(first, first + _N_POSITIONS, device="cpu")[None]
                 cos, sin = self.rotary(self.like, positions)
-            self.both, self.first, self.buffer, self.version = (cos[0], sin[0]), first, buffer, buffer._version
+                self.both, self.first, self.frequencies = (cos[0], sin[0]), first, now.clone()
         return self.both
 
 
@@ -96,7 +95,7 @@ class Forward:
         if not self._fits(mask, positions, batch, n_past):
             return None
         self.executor.check_step(batch, n_past + 1, batch)
-        logits = torch.empty((batch, 1, self.n_logits), dtype=self.span.prepared[0].dtype)
+        logits = torch.empty((batch, 1, self.n_logits), dtype=self.span.prepared[0].dtype, device="cpu")
         ids = ids.contiguous()
         self._write(ids, mask, positions, n_past, logits)
         self.span.write_past(rooms)
@@ -184,7 +183,7 @@ def forward_of(model: PreTrainedModel, executor: Executor) -> Forward | None:
         return None
     if getattr(rotary, "rope_type", None) not in _STATIC_ROPES or executor.spec.family not in FAMILIES:
         return None
-    tables = Tables(rotary, torch.empty(0, dtype=first.dtype))
+    tables = Tables(rotary, torch.empty(0, dtype=first.dtype, device="cpu"))
     size = (_N_POSITIONS, first.words.head_width)
     ours = all(t.shape == size and t.dtype == first.dtype and t.is_contiguous() for t in tables.hold(0))
     weights = [embed.weight, head.weight, *([] if head.bias is None else [head.bias])]

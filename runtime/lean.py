@@ -66,7 +66,7 @@ class StepModel(nn.Module):
 
     def _step(self, ids: Tensor, positions: Tensor | None, cache: DynamicCache) -> ModelOutput:
         if positions is None:
-            positions = torch.full((1, 1), cache.get_seq_length())
+            positions = torch.full((1, 1), cache.get_seq_length(), device="cpu")
         hidden: Tensor = self.get_submodule("embed_tokens")(ids)
         tables = self.get_submodule("rotary_emb")(hidden, positions)
         whole = None if self.span is None else self.span.compute(hidden, tables, cache)

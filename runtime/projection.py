@@ -59,7 +59,7 @@ class Projection(nn.Linear):
         kernel, rows = native.kernel(), x.reshape(-1, x.shape[-1])
         if kernel is None or not _own(rows) or not self.takes(rows):
             return super().forward(x)
-        return kernel.linear(rows, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+        return kernel.linear(rows, self.weight, self.bias).view(*x.shape[:-1], self.weight.shape[0])
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernel computes this layer of such rows."""
@@ -73,7 +73,7 @@ def project(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     if kernel is None or len(layers) < len(modules) or not _own(rows) or not untouched(modules):
         return [module(x) for module in modules]
     found = kernel.linears(rows, [(layer.weight, layer.bias) for layer in layers])
-    return [flat.view(*x.shape[:-1], -1) for flat in found]
+    return [flat.view(*x.shape[:-1], flat.shape[-1]) for flat in found]
 
 
 def use_projections(model: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 _address: Callable[[Any], int] = Tensor.data_ptr
 _strides: Callable[[Any], tuple[int, ...]] = Tensor.stride
+_length: Callable[[Any], int] = len
 _before, _after = itemgetter("_forward_pre_hooks"), itemgetter("_forward_hooks")
 Link = tuple[dict[str, Any], str, nn.Module]
 """Modules of an owner, the name of one, the module."""
@@ -39,7 +40,7 @@ class Watch:
     entered: tuple[Own, ...]
     _modules: tuple[tuple[dict[str, Any], ...], tuple[str, ...], list[nn.Module]]
     _states: tuple[dict[str, Any], ...]
-    _present: tuple[tuple[dict[str, Any], ...], tuple[str, ...], list[int], list[tuple[int, ...]]]
+    _present: tuple[tuple[dict[str, Any], ...], tuple[str, ...], list[int], list[tuple[int, ...]], list[int]]
     _absent: tuple[tuple[dict[str, Any], ...], tuple[str, ...]]
     _held: tuple[tuple[dict[str, Any], ...], tuple[str, ...], list[object]]
     _facts: tuple[tuple[object, ...], tuple[str, ...], list[object]]
@@ -56,6 +57,7 @@ class Watch:
         absent = _columns([value for value in values if not value[2]], 3)
         held = _columns([(vars(of), name, value) for of, name, value in facts if name in vars(of)], 3)
         owners, attributes, found = _columns([fact for fact in facts if fact[1] not in vars(fact[0])], 3)
+        lying = list(map(dict.get, *present[:2]))
         return Watch(
             links,
             values,
@@ -63,7 +65,7 @@ class Watch:
             tuple(entered),
             (parents, names, list(modules)),
             tuple(module.__dict__ for module in modules),
-            (present[0], present[1], list(present[2]), list(map(_strides, map(dict.get, *present[:2])))),
+            (present[0], present[1], list(present[2]), list(map(_strides, lying)), list(map(_length, lying))),
             (absent[0], absent[1]),
             (held[0], held[1], list(held[2])),
             (owners, attributes, list(found)),
@@ -86,10 +88,12 @@ class Watch:
             return False
         if any(map(contains, self._states, repeat("forward"))) or any("forward" in own[0] for own in self.entered):
             return False
-        owners, names, addresses, strides = self._present
+        owners, names, addresses, strides, lengths = self._present
         now = list(map(dict.get, owners, names))
-        try:  # a weight transposed in place is where it was
+        try:  # a weight transposed in place, or of which rows were cut off, is where it was
             if list(map(_address, now)) != addresses or list(map(_strides, now)) != strides:
+                return False
+            if list(map(_length, now)) != lengths:
                 return False
         except TypeError:  # there is none now
             return False

@@ -99,7 +99,7 @@ def test_frequencies_changed_in_place_are_read_anew(tiny_checkpoint: TinyCheckpo
     def run(model: PreTrainedModel) -> Tensor:
         first = fed(model, tokens(8))
         rotary: Any = model.get_submodule("model.rotary_emb")
-        rotary.inv_freq.mul_(0.5)
+        rotary.inv_freq.data.mul_(0.5)  # which counts no version
         return torch.cat([first, fed(model, tokens(8))])
 
     agrees(tiny_checkpoint("llama"), run)
@@ -208,6 +208,7 @@ ALTERATIONS: dict[str, Callable[[Any], object]] = {
     "an embedding's weight": lambda m: setattr(m.model.embed_tokens.weight, "data", m.model.embed_tokens.weight * 2),
     "the head": lambda m: setattr(m, "lm_head", nn.Sequential(m.lm_head, nn.Tanh())),
     "the head's weight": lambda m: setattr(m.lm_head.weight, "data", m.lm_head.weight.data * 2),
+    "rows of the head": lambda m: setattr(m.lm_head.weight, "data", m.lm_head.weight.data[:50]),
     "a bias of the head": lambda m: setattr(m.lm_head, "bias", nn.Parameter(torch.ones(97))),
     "the tables' scale": lambda m: setattr(m.model.rotary_emb, "attention_scaling", 0.5),
     "the embedding": lambda m: m.set_input_embeddings(nn.Sequential(m.model.embed_tokens, nn.Tanh())),
@@ -227,7 +228,7 @@ def test_what_is_altered_around_the_layers_counts_from_the_next_step(
         for i, some in enumerate(ids.split([N_PROMPT, *[1] * 4], dim=1)):
             if i == 3:
                 ALTERATIONS[what](model)
-            found.append(model(some, past_key_values=cache, use_cache=True).logits[:, -1])
+            found.append(model(some, past_key_values=cache, use_cache=True).logits[:, -1].flatten())
         return torch.cat(found)
 
     agrees(tiny_checkpoint("llama"), run)
@@ -280,3 +281,25 @@ def test_sampling_beams_and_streamed_text_are_transformers(tiny_checkpoint: Tiny
     with loaded(folder, cpu_plan(folder)) as model:
         assert torch.equal(run(model), expected)
     assert whole
+
+
+def test_a_default_device_elsewhere_and_a_model_made_for_inference_alone_change_nothing(
+    tiny_checkpoint: TinyCheckpoint, whole: list[int]
+) -> None:
+    folder, ids = tiny_checkpoint("llama"), tokens(N_PROMPT + 3, 2)
+
+    @torch.no_grad()
+    def run(model: PreTrainedModel, device: str = "cpu") -> Tensor:
+        cache, found = DynamicCache(config=model.config), []
+        model(ids[:, :N_PROMPT], past_key_values=cache, use_cache=True)
+        with torch.device(device):
+            for some in ids[:, N_PROMPT:].split(1, dim=1):
+                found.append(model(some, past_key_values=cache, use_cache=True).logits)
+        return torch.cat(found, dim=1)
+
+    expected = run(eager(folder))
+    with torch.inference_mode(), loaded(folder, cpu_plan(folder)) as model:
+        torch.testing.assert_close(run(model), expected, atol=1e-4, rtol=0)
+    with loaded(folder, cpu_plan(folder)) as model:
+        torch.testing.assert_close(run(model, "meta"), expected, atol=1e-4, rtol=0)
+    assert whole == [2] * 6
