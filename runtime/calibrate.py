@@ -71,7 +71,7 @@ class Extent:
     """What is measured and how long: tokens of a step, tokens in the cache before it, rounds, seconds of a pass.
 
     slice_s is how long a set of resources works together in a round. Of several passes the mean counts; there are
-    more, up to most_passes, while its standard error is above KNOWN_SHARE.
+    more, up to most_passes, while its standard error is above KNOWN_SHARE. counts_rounds: see Effort.
     """
 
     n_tokens: tuple[int, ...]
@@ -83,10 +83,11 @@ class Extent:
     variants: bool
     passes: int = 1
     most_passes: int = 1
+    counts_rounds: bool = False
 
     def effort(self, share: float) -> Effort:
         """Rounds of a part that may take a share of the time."""
-        return Effort(self.least, self.most, share * self.seconds)
+        return Effort(self.least, self.most, share * self.seconds, counts_rounds=self.counts_rounds)
 
 
 # Kernels change from one token to the next up to 9: matrix-vector, tiles of 2, 4 and more rows, and from FEW_ROWS on
@@ -96,7 +97,7 @@ KNOWN_SHARE = 0.02
 """Standard error of a curve's mean over passes that is small enough: two such calibrations differ by some 3 %."""
 QUICK = Extent((*_FEW, 64, 128, 256), (0, 256), 3, 20, 42.0, 0.08, False)
 FULL = Extent((*_FEW, 48, 64, 96, 128, 192, 256, 512), (0, 128, 512, 2048), 3, 60, 60.0, 0.25, True, 3, 5)
-ALONGSIDE = replace(QUICK, least=12, most=1000, seconds=240.0)
+ALONGSIDE = replace(QUICK, least=12, most=1000, seconds=300.0, counts_rounds=True)
 """For a calibration beside some minutes of runs."""
 SMOKE = Extent((1, 4, 16), (0,), 1, 1, 1.0, 0.01, False)
 """Enough to see that everything works, too little to plan by."""

@@ -18,6 +18,7 @@ InRounds = Generator[float, None, Done]
 """A measurement that says after every round what share of it is done, 0 to 1, so that others can take turns with it."""
 Measuring = InRounds[Part]
 _VISIT_S, _MOST_VISITS = 0.015, 4
+_SIZING = 3  # rounds by which their number is found
 _SURE = 0.75  # of a measurement must be over before it may end early: the machine's speed changes by turns of seconds
 
 
@@ -25,6 +26,8 @@ _SURE = 0.75  # of a measurement must be over before it may end early: the machi
 class Effort:
     """How long to go on: at least `least` rounds, then until all is known, `most` rounds or `seconds` have passed.
 
+    counts_rounds: seconds only say, by the first rounds, how many there will be. Between runs of fixed work turns of
+    fixed seconds would hold more rounds while the machine is fast, and their mean would be faster than the runs'.
     kept is where rounds are kept, should the calibration be interrupted.
     """
 
@@ -32,6 +35,7 @@ class Effort:
     most: int
     seconds: float
     kept: KeptRounds | None = None
+    counts_rounds: bool = False
 
 
 class Progress:
@@ -39,7 +43,8 @@ class Progress:
 
     def __init__(self, effort: Effort, rounds: int = 0, spent_s: float = 0.0) -> None:
         self.effort, self.rounds, self.spent_s = effort, rounds, spent_s
-        self._began_s = 0.0
+        self._began_s = self._counted_s = 0.0
+        self._fixed: int | None = None  # rounds in all, once that is known
 
     def begin(self) -> None:
         """A round begins."""
@@ -47,13 +52,20 @@ class Progress:
 
     def end(self, counts: bool = True) -> float:
         """The round is over: share of all that is done now. One that warms up takes time, but is none."""
-        self.spent_s += time.perf_counter() - self._began_s
+        took_s = time.perf_counter() - self._began_s
+        self.spent_s += took_s
         self.rounds += counts
+        self._counted_s += took_s * counts
+        if self.effort.counts_rounds and self._fixed is None and self.rounds >= _SIZING:
+            left_s = max(0.0, self.effort.seconds - self.spent_s)
+            self._fixed = max(self.effort.least, self.rounds + round(left_s * self.rounds / self._counted_s))
         return self.share
 
     @property
     def share(self) -> float:
         """Share of the measurement that is done."""
+        if self._fixed is not None:
+            return min(1.0, self.rounds / min(self._fixed, self.effort.most))
         by_time = max(self.spent_s / self.effort.seconds, self.rounds / self.effort.most)
         return min(1.0, by_time, self.rounds / self.effort.least)
 
@@ -62,13 +74,13 @@ def in_rounds(cases: Sequence[Case[Key]], effort: Effort) -> InRounds[dict[Key, 
     """Seconds of every repeat, by what took them and by round. One round before the first warms up and does not count.
 
     Every round visits all cases, short ones several times, so that all see the same minutes of the machine. It ends
-    early where all times are known (hwmodels.calibrate.is_known) and most of the time is over. Rounds that were kept
-    count as if they had been measured now.
+    early where all times are known (hwmodels.calibrate.is_known) and most of the time is over, but not where it counts
+    rounds: what it stands beside goes on. Rounds that were kept count as if they had been measured now.
     """
     kept = effort.kept.following() if effort.kept is not None else None
     before = cast("Rounds[Key]", kept.load() if kept is not None else Rounds())
     times, progress, warms_up = before.times, Progress(effort, before.n_rounds, before.spent_s), True
-    while progress.share < 1.0 and not (progress.share >= _SURE and _all_known(times.values())):
+    while progress.share < 1.0 and not (_may_end(progress) and _all_known(times.values())):
         progress.begin()
         found: dict[Key, list[float]] = defaultdict(list)
         for case in cases:
@@ -85,6 +97,10 @@ def in_rounds(cases: Sequence[Case[Key]], effort: Effort) -> InRounds[dict[Key, 
         warms_up = False
         yield share
     return times
+
+
+def _may_end(progress: Progress) -> bool:
+    return progress.share >= _SURE and not progress.effort.counts_rounds
 
 
 def flat(rounds: Iterable[Sequence[float]]) -> list[float]:

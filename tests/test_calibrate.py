@@ -271,6 +271,25 @@ def test_the_turns_of_others_are_not_the_time_of_a_measurement(clock):
     assert n_rounds == 10, "rounds of 1 and 2 s, the first of which warms up"
 
 
+def test_beside_runs_a_machine_that_slows_measures_as_many_rounds_as_its_first_ones_promised(clock):
+    # 1 s to warm up and 3 rounds of 1 s: 10 s hold 9 rounds, and they are measured though all later ones take 5 s
+    case = Runs(clock, *[1.0] * 4, *[5.0] * 96)
+    (times,) = finish(in_rounds([case], Effort(1, 100, 10.0, counts_rounds=True))).values()
+    assert [t for own in times for t in own] == [1.0] * 3 + [5.0] * 6
+
+
+def test_beside_runs_nothing_ends_before_they_do(clock):
+    # steady from the start, so that all is known after five rounds
+    (times,) = finish(in_rounds([Runs(clock, 1.0)], Effort(2, 100, 41.0, counts_rounds=True))).values()
+    assert len(times) == 40
+
+
+def test_beside_runs_progress_only_grows_and_ends_at_one(clock):
+    shares = list(in_rounds([Runs(clock, 1.0, 2.0, 4.0)], Effort(1, 50, 30.0, counts_rounds=True)))
+    assert all(a <= b for a, b in pairwise(shares))
+    assert shares[-1] == 1.0
+
+
 def test_a_case_that_skips_a_round_keeps_its_rounds_in_step(clock):
     visits = 0
 
