@@ -39,6 +39,7 @@ from hwmodels.catalog import cache_folder
 from hwmodels.load import LoadMeter
 from hwmodels.profile import HardwareProfile, Peak
 from runtime import native
+from runtime.pages import large_pages
 from runtime.session import PlannedModel, load_planned
 from sim.model import load_model
 from sim.planner import plan
@@ -131,7 +132,7 @@ def compare(name: str, folder: Path, workload: Workload, n_rounds: int, gguf: Pa
         runs["llama.cpp"] = runs_of_llama_cpp(gguf, workload.n_prompt + workload.n_gen)
     own = ours(folder, DTYPE, workload)
     runs[OWN] = runs_of(own)
-    probe = torch.ones(_PROBE_BYTES // 8, dtype=torch.int64)
+    probe = large_pages(torch.empty(_PROBE_BYTES // 8, dtype=torch.int64)).fill_(1)
     found: dict[str, list[tuple[float, float]]] = {key: [] for key in runs}
     rates: list[float] = []
     meter = LoadMeter.start()

@@ -139,7 +139,8 @@ def beside_siblings(
     """The machine whose CPU is hardware threads of cores that others keep busy, as virtual cores may be.
 
     All that such a thread does takes 1 / share times as long: it computes, and has misses under way, in that share of
-    the core; that this holds of memory too is an assumption. Curves measured without it are dropped.
+    the core; that this holds of memory too is an assumption. Curves measured without it are dropped;
+    hand-offs and contention stay what they were.
     """
     if share > 1:
         raise ProfileError(f"cpu_smt_share is {share:g}; a hardware thread has at most its core: 1 or less")

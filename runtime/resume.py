@@ -6,6 +6,7 @@ Finished parts are kept, and of others the rounds so far: parts take turns, so t
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import time
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def measurement_key(spec: ModelSpec, device: str, cpu_threads: int | None, exten
 
     device is a name of device_name, extent says what is measured: anything that schema.to_json writes.
     """
-    machine = {k: fingerprint().get(k, "") for k in ("cpu", "cores")}
+    machine = [platform.node(), *(fingerprint().get(k, "") for k in ("cpu", "cores"))]
     gpu = torch.cuda.get_device_name(device) if device != "emulated" else ""
     cores = sorted(os.sched_getaffinity(0))
     versions = [torch.__version__, native.describe()]
@@ -122,7 +123,7 @@ class KeptRounds:
         for case in kept.cases:
             timed = (case.resource, case.work) if case.resource and case.work else case.work or case.name
             times[timed] = [list(own) for own in case.rounds]
-        whole = all(len(rounds) == kept.n_rounds for rounds in times.values())
+        whole = bool(times) and all(len(rounds) == kept.n_rounds for rounds in times.values())
         return Rounds(kept.spent_s, kept.n_rounds, times) if whole else Rounds()
 
     def save(self, rounds: Rounds[Key]) -> None:

@@ -18,6 +18,7 @@ from hwmodels.errors import CheckpointError, ModelError
 from runtime import attention
 from runtime.adapter import EMBEDDING, HEAD, Adapter, FfnKind
 from runtime.checkpoint import Checkpoint, read_config
+from runtime.pages import large_pages
 
 MakeFfn = Callable[[int, FfnKind, nn.Module], nn.Module]
 """(layer index, kind, the original module on the meta device) -> the module that takes its place."""
@@ -141,7 +142,10 @@ def _load(
     checkpoint: Checkpoint, key: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
     # A copy, even where dtype and device agree: the model must not hang on the file.
-    return checkpoint.tensor_of(key, tuple(tensor.shape)).to(device=device, dtype=dtype, copy=True)
+    stored = checkpoint.tensor_of(key, tuple(tensor.shape))
+    if device.type != "cpu":
+        return stored.to(device=device, dtype=dtype, copy=True)
+    return large_pages(torch.empty(stored.shape, dtype=dtype, device=device)).copy_(stored)
 
 
 def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:

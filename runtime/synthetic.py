@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from runtime.devices import Device
 from runtime.memory import WeightStore
+from runtime.pages import large_pages
 from runtime.session import PlannedModel, assemble, placement
 from sim.model import ModelSpec, from_config
 from sim.plan import LayerPartition, Place, Plan, Tier
@@ -97,6 +98,7 @@ def random_model(config: Mapping[str, Any], folder: Path, plan: Plan, device: De
         for name, parameter in list(model.named_parameters()):
             owner = model.get_submodule(name.rpartition(".")[0])
             value = torch.empty(parameter.shape, dtype=parameter.dtype, device=place(name))
+            value = large_pages(value) if value.device.type == "cpu" else value
             setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(fill_small(value), requires_grad=False))
         model.tie_weights()
         for name, buffer in list(model.named_buffers()):

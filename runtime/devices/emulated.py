@@ -35,6 +35,7 @@ from runtime.devices.base import (
     take_threads,
 )
 from runtime.native.queues import NativeBody, NativeQueues, copying
+from runtime.pages import large_pages
 from sim.graph import Task
 from sim.plan import Place
 
@@ -97,12 +98,12 @@ class EmulatedDevice:
     def allocate(self, n_elements: int, dtype: torch.dtype, what: str) -> torch.Tensor:
         """A flat tensor, accounted for in the arena."""
         self.arena.take(n_elements * dtype.itemsize, what)
-        return torch.empty(n_elements, dtype=dtype)
+        return large_pages(torch.empty(n_elements, dtype=dtype))
 
     def host_slab(self, n_elements: int, dtype: torch.dtype, pinned: bool) -> torch.Tensor:
         """A flat tensor; there is no page-locking to do, the link only takes another rate."""
         del pinned
-        return torch.empty(n_elements, dtype=dtype)
+        return large_pages(torch.empty(n_elements, dtype=dtype))
 
     def staging(self, like: torch.Tensor, name: str, on_host: bool) -> torch.Tensor:
         """A buffer for activations; host and device buffers are both memory of this process."""
