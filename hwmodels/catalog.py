@@ -21,6 +21,7 @@ Both threads of a Zen 3 core together do 1.22 times what one does alone, the ave
 threads (Cutress, "Investigating Performance of Multi-Threading on Zen 3", 2020). It differs from program to program.
 """
 
+_LEAST_SHARE = 0.01
 _SHIPPED = Path(__file__).parent / "profiles"
 
 
@@ -142,8 +143,9 @@ def beside_siblings(
     the core; that this holds of memory too is an assumption. Curves measured without it are dropped;
     hand-offs and contention stay what they were.
     """
-    if share > 1:
-        raise ProfileError(f"cpu_smt_share is {share:g}; a hardware thread has at most its core: 1 or less")
+    if not _LEAST_SHARE <= share <= 1:
+        expected = f"a hardware thread has at most its core: {_LEAST_SHARE:g} to 1"
+        raise ProfileError(f"cpu_smt_share is {share:g}; {expected}")
 
     def shared(peak: Peak) -> Peak:
         sources: dict[str, Source] = {**peak.sources, "efficiency": "estimated", "fixed_s": "estimated"}

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from hwmodels import work
-from hwmodels.catalog import compose, hardware, names, with_overrides
+from hwmodels.catalog import beside_siblings, compose, hardware, names, with_overrides
 from hwmodels.errors import FormatError, ProfileError
 from hwmodels.parts import gpus, hosts, machines
 from hwmodels.profile import Curve, Sample, Source, load_profile
@@ -183,3 +183,6 @@ def test_a_hardware_thread_beside_a_busy_one_takes_longer_for_everything_and_the
 def test_a_hardware_thread_has_no_more_than_its_core():
     with pytest.raises(ProfileError, match="cpu_smt_share is 1.2; a hardware thread has at most its core"):
         with_overrides(MEASURED, {"cpu_smt_share": "1.2"})
+    for nothing in (0.0, 1e-320):
+        with pytest.raises(ProfileError, match=r"at most its core: 0\.01 to 1"):
+            beside_siblings(MEASURED, nothing)
