@@ -17,7 +17,7 @@
 #
 # `python -m experiments.fidelity` ran a few dozen plans of two small models for real: every policy's plan, the
 # best that the search finds and some drawn at random, in three cells of workload and device memory. All plans took
-# turns, in eight visits, with models loaded anew, and so did the rounds of a calibration. The measured
+# turns, in ten visits, with models loaded anew, and so did the rounds of a calibration. The measured
 # timelines are committed; the simulator that replays them below is the one of this checkout.
 #
 # The machine has two cores and no GPU, so the device is **emulated** (the second core computes, a thread copies
@@ -215,12 +215,11 @@ for label, prefix in (("with contention", "simulated_"), ("without", "isolated_"
     )
 
 # %% [markdown]
-# **Takeaway.** Whoever runs the plan predicted best gives away nothing in the median and less than 2 % at worst, in six
-# cells of workload and memory, and all pairs of plans that differ by more than the noise are in their order: that is
-# what a simulator is for. Steps miss by 7 % in the median, throughput by 5 and the
-# first token by 4, where the machine itself repeats them within 6, 5 and 5: a neighbour on the same physical cores
-# slowed them before and after four of five runs. That is why the calibration has to see the same minutes; what a
-# user is told by a calibration before is right within 7 % of a generation's time in the median, 26 % for nine in ten.
-# What is left is not only noise: decode is 7 % too fast on average, the sampling between steps by a fifth, plans that
-# mix layers of the CPU and of the device by up to 20 %, a few per cent of that in hand-offs that no curve holds.
+# **Takeaway.** Whoever runs the plan predicted best gives away nothing in any of six cells of workload and memory, and
+# all but one of 585 pairs of plans that differ by more than the noise are in their order: that is what a simulator is
+# for. Steps miss by 6 % in the median, throughput and the first token by 4, where the machine itself repeats them within
+# 4, 3 and 3: a neighbour on the same physical cores slowed them before and after three of four runs. That is why the
+# calibration has to see the same minutes; what a user is told by a calibration before is right within 7 % of a
+# generation's time in the median, 19 % for nine in ten. What is left is not only noise: decode is 6 % too fast on
+# average, all of it in small work (attention, head, sent parts) of plans that use the device, and not explained.
 # `experiments/LOG.md` has the story.
