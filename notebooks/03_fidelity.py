@@ -215,11 +215,11 @@ for label, prefix in (("with contention", "simulated_"), ("without", "isolated_"
     )
 
 # %% [markdown]
-# **Takeaway.** Whoever runs the plan predicted best gives away nothing in any of six cells of workload and memory, and
-# all but one of 585 pairs of plans that differ by more than the noise are in their order: that is what a simulator is
-# for. Steps miss by 6 % in the median, throughput and the first token by 4, where the machine itself repeats them within
-# 4, 3 and 3: a neighbour on the same physical cores slowed them before and after three of four runs. That is why the
-# calibration has to see the same minutes; what a user is told by a calibration before is right within 7 % of a
-# generation's time in the median, 19 % for nine in ten. What is left is not only noise: decode is 6 % too fast on
-# average, all of it in small work (attention, head, sent parts) of plans that use the device, and not explained.
-# `experiments/LOG.md` has the story.
+# **Takeaway.** Whoever runs the plan predicted best gives away nothing in any of six cells of workload and
+# memory, and all but one of 585 pairs of plans that differ by more than the noise are in their order: that is
+# what a simulator is for. Steps miss by 6 % in the median, throughput and the first token by 4, where the machine
+# itself repeats them within 4, 3 and 3: a neighbour on the same physical cores slowed them before and after three
+# of four runs. That is why the calibration has to see the same minutes; what a user is told by a calibration
+# before is right within 7 % of a generation's time in the median, 19 % for nine in ten. What is left is not only
+# noise: decode is 6 % too fast on average, all of it in small work (attention, head, sent parts) of plans that
+# use the device, and not explained. `experiments/LOG.md` has the story.
