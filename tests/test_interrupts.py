@@ -23,6 +23,7 @@ from runtime.cli import main
 from runtime.cli.entry import DONE, INTERRUPTED
 from runtime.devices.base import Body
 from runtime.executor import Executor
+from runtime.forward import Forward
 from runtime.memory import LayerStore
 from sim.graph import Task
 from tests.conftest import TinyCheckpoint
@@ -71,10 +72,11 @@ def in_task(step: str, kind: str) -> Place:
 
 
 def entering(step: str) -> Place:
-    """When a step's first layer begins: where one call computes whole layers, their tasks have no bodies."""
+    """When a step's first layer begins: where one call computes layers or steps, their tasks have no bodies."""
 
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
         enter, run, once = Executor.enter_layer, Executor.run_layers, [step]
+        compute, n_whole = Forward._call, 0
 
         def interrupt(executor: Executor) -> None:
             if executor.open_task is not None and executor.open_task.step in once:
@@ -89,6 +91,15 @@ def entering(step: str) -> Place:
             interrupt(self)
             run(self, *how)
 
+        def whole(self: Forward, *how: Any) -> bool:
+            nonlocal n_whole
+            n_whole += 1
+            if f"decode{n_whole}" in once:
+                once.clear()
+                ctrl_c()
+            return compute(self, *how)
+
+        monkeypatch.setattr(Forward, "_call", whole)
         monkeypatch.setattr(Executor, "enter_layer", enter_one)
         monkeypatch.setattr(Executor, "run_layers", run_all)
 
