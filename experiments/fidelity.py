@@ -1,6 +1,6 @@
 """Can the simulator be trusted to choose a plan?
 
-    python -m experiments.fidelity                    35 minutes on 2 cores; writes experiments/results/fidelity/
+    python -m experiments.fidelity                    30 minutes on 2 cores; writes experiments/results/fidelity/
     python -m experiments.fidelity --models tiny-llama    one model; the other's evidence stays as it is
     python -m experiments.fidelity --replay           10 s: today's simulator over the evidence that is there
     python -m experiments.fidelity --smoke            30 s on a tiny shape; writes nowhere unless --out is given

@@ -81,7 +81,8 @@ class Move:
 
     before_s  from the end of what ran before to the start of the copy
     after_s   from the end of the copy to the start of what runs next
-    cold_s    how much longer that takes than where the work before it was in the same place
+    cold_s    how much longer that takes than where the work before it was in the same place; counts, as waits do, where
+              contention is simulated
     """
 
     to: Literal["CPU", "GPU"]

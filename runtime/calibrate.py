@@ -170,10 +170,11 @@ def calibrate(
 ) -> HardwareProfile:
     """Measure this machine for the shapes of a checkpoint's config (None: a small Llama's).
 
-    Takes under a minute with quick and five to eight without, longer for layers that take the machine seconds; extent
-    overrules quick. dtype is the config's unless given. What makes the numbers doubtful, above all a busy machine,
-    stands in the profile's notes. Interrupted, it goes on where it was if called again within an hour. Raises
-    ModelError for a config that is not supported, PlanError for a device that is not here.
+    Takes under a minute with quick and some five without, of three passes; up to five passes while they differ, and
+    longer for layers that take the machine seconds. extent overrules quick. dtype is the config's unless given. What
+    makes the numbers doubtful, above all a busy machine, stands in the profile's notes. Interrupted, it goes on where
+    it was if called again within an hour. Raises ModelError for a config that is not supported, PlanError for a
+    device that is not here.
     """
     job = _job(folder, device, cpu_threads, dtype, extent or (QUICK if quick else FULL))
     kept = KeptParts.of(measurement_key(job.spec, job.device, cpu_threads, job.extent))

@@ -244,8 +244,8 @@ class Executor:
         compiler = StepCompiler(
             self.spec, self.plan, Step(self._recording.next_step(), n_tokens, kv_tokens, batch), self.cache
         )
-        embed, *layers = compiler.begin()[0], *(compiler.attention(i)[0] for i in range(self.spec.n_layers))
-        return (embed, *layers, compiler.end()[-2])[n_parts]
+        layers = (compiler.attention(i)[0] for i in range(self.spec.n_layers))
+        return [compiler.begin()[0], *layers, compiler.end()[-2]][n_parts]
 
     @property
     def open_task(self) -> Task | None:

@@ -1,7 +1,7 @@
 """Pages of 2 MiB for weights, where the system gives them to those who ask.
 
 A weight that is read once a token comes through the translation of addresses page by page: with pages of 4 KiB reading
-takes 2 to 5 % longer on a virtual machine (experiments/LOG.md). Files that are mapped have large pages of themselves.
+took 0 to 5 % longer on a virtual machine (experiments/LOG.md).
 """
 
 from __future__ import annotations
