@@ -165,6 +165,22 @@ void group(const typename T::Weight* w, int64_t stride, int64_t n, const typenam
                            ahead + (ahead ? first * stride : 0));
 }
 
+// One tile of tokens: weights come from memory once, fastest in four streams without gaps, which the CPU fetches ahead by
+// itself. Neighbouring rows, each group's next one fetched by hand, came at 0.8 to 0.9 of that rate.
+template <class T>
+void stream(const typename T::Weight* w, int64_t rows, int64_t K, const typename T::Input* const* x, int64_t tokens,
+            float* out, int64_t out_stride) {
+  const int64_t share = rows / ROWS;
+  for (int64_t r = 0; r < share; r++, w += K) {
+    float found[T::TOKENS * ROWS];
+    for (int64_t k0 = 0; k0 < K; k0 += T::BLOCK)
+      tile_of<T, ROWS, T::TOKENS>(int(tokens), 0, w + k0, share * K, K - k0 < T::BLOCK ? K - k0 : T::BLOCK, x, k0, found,
+                                  ROWS, nullptr);
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t i = 0; i < ROWS; i++) out[t * out_stride + i * share + r] = found[t * ROWS + i];
+  }
+}
+
 // Few tokens: along the rows of W, which come from memory.
 template <class T>
 void few(const typename T::Weight* w, int64_t rows, int64_t K, const typename T::Input* const* x, int64_t tokens,
@@ -213,7 +229,9 @@ void dots(const void* weights, int64_t rows, int64_t K, const void* const* input
   const auto *w = static_cast<const typename T::Weight*>(weights), *next = static_cast<const typename T::Weight*>(later);
   const auto* x = reinterpret_cast<const typename T::Input* const*>(inputs);
   const int64_t whole = rows / ROWS * ROWS;
-  if (tokens <= 4 * T::TOKENS)
+  if (tokens <= T::TOKENS)
+    stream<T>(w, whole, K, x, tokens, out, out_stride);
+  else if (tokens <= 4 * T::TOKENS)
     few<T>(w, whole, K, x, tokens, out, out_stride, next);
   else if constexpr (sizeof(typename T::Weight) < sizeof(typename T::Input))
     widened<T>(w, whole, K, x, tokens, out, out_stride, scratch);
