@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from statistics import median
+from functools import partial
 from typing import Literal
 
 from hwmodels.calibrate import Part, repeats, samples, trimmed_mean
@@ -16,7 +16,7 @@ from hwmodels.profile import Curve, Move
 from hwmodels.work import Op, Work, apart
 from runtime.rounds import Case, Effort, Measuring, flat, in_rounds
 from runtime.session import PlannedModel
-from runtime.standin import ends_times, forward, generate, pass_case
+from runtime.standin import decode_attention, ends_times, generate, settled
 from sim.graph import MOVES
 from sim.timeline import Timeline
 
@@ -30,8 +30,8 @@ def measure_by_turns(model: PlannedModel, busy: PlannedModel, past: Sequence[int
     How much longer attention takes on the device after a change is relative to `busy`, which never leaves it.
     """
     spec, device = model.executor.spec, model.executor.device
-    cases: list[Case[_Key]] = [_attention_case(model, p) for p in past]
-    times = yield from in_rounds([*cases, lambda: _ends(model), lambda: _moves(model, busy)], effort)
+    cases: list[Case[_Key]] = [partial(_decode, model, busy, p) for p in past]
+    times = yield from in_rounds(cases, effort)
     rows: dict[Op, dict[Work, list[list[float]]]] = defaultdict(dict)
     moved_s: dict[str, list[float]] = {}
     for key, rounds in times.items():
@@ -44,23 +44,16 @@ def measure_by_turns(model: PlannedModel, busy: PlannedModel, past: Sequence[int
     return Part(tuple(curves), moves=tuple(_move(place, moved_s) for place in places))
 
 
-def _attention_case(model: PlannedModel, past: int) -> Case[_Key]:
-    def visit() -> Iterator[tuple[_Key, float]]:
-        for work, seconds in pass_case(model, 1, past, "CPU")():
-            if isinstance(work, Work):
-                yield apart(work), seconds
-
-    return visit
-
-
-def _ends(model: PlannedModel) -> Iterator[tuple[_Key, float]]:
-    for work, seconds in ends_times(model.executor.spec, generate(model), ("embed", "head")):
-        yield apart(work), seconds
-
-
-def _moves(model: PlannedModel, busy: PlannedModel) -> Iterator[tuple[_Key, float]]:
-    usual = [s.duration_s for s in forward(busy, 1, 0)[0].spans if s.kind == "attn" and s.layer > 0]
-    yield from moves(forward(model, 1, 0)[0], median(usual))
+def _decode(model: PlannedModel, busy: PlannedModel, past: int) -> Iterator[tuple[_Key, float]]:
+    """A generation: times of one token on the CPU; where it begins with an empty cache, what changes of place take."""
+    spec, timeline = model.executor.spec, generate(model, past)
+    yield from ((apart(work), s) for work, s in decode_attention(spec, timeline, past, "CPU"))
+    if past:
+        return
+    yield from ((apart(work), s) for work, s in ends_times(spec, timeline, ("embed", "head")))
+    usual_s = [s.duration_s for step in settled(generate(busy)) for s in step.spans if s.kind == "attn" and s.layer > 0]
+    for step in settled(timeline):
+        yield from moves(step, trimmed_mean(usual_s))
 
 
 def moves(timeline: Timeline, usual_s: float) -> Iterator[tuple[str, float]]:

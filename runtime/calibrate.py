@@ -53,10 +53,11 @@ from runtime.turns import Turn, glance, one_more, progress_bar, take_turns, tell
 from sim.model import ModelSpec, from_config
 from sim.plan import Place
 
-# Weights of a model that stands for the real one: several times the cache that cores share (32 to 96 MB), and no more.
-# A round over all points of attention takes as long as there are layers, and few rounds tell a machine's speed badly:
-# with 6 layers a quick calibration had 4, and two of them in turns differed by 8 to 14 % in attention on the device.
-_STAND_IN_BYTES = 160 << 20
+# Of a model that stands for the real one. What a token reads: several times the cache that cores share (32 to 96 MB);
+# below that it finds weights there that a real model's other layers drive out. What it holds: mostly experts that no token meets.
+# No more of either: a round over all points of attention takes as long as there are layers, and few rounds tell a
+# machine's speed badly. With 6 layers a quick calibration had 4; two in turns differed by 8 to 14 % in attention.
+_READ_BYTES, _STAND_IN_BYTES = 160 << 20, 448 << 20
 _N_STAND_INS, _N_POOLS = 8, 3  # open at once: of _PARTS all that have one, and what MicroBench holds
 _PINNED_BYTES = tuple(1 << i for i in (14, 16, 18, 19, 20, 22, 24, 26))
 _PAGEABLE_BYTES = tuple(1 << i for i in (14, 16, 18, 20, 22, 24))
@@ -129,7 +130,7 @@ class _Job:
     ) -> StandIn:
         """A stand-in model of these shapes."""
         n_ctx = max(self.extent.n_tokens) + max(self.extent.past) + 16
-        config = shrunk(self.config, _STAND_IN_BYTES)
+        config = shrunk(self.config, _READ_BYTES, _STAND_IN_BYTES)
         own = self.device, self.device_bytes, self.cpu_threads, overlap, by_turns
         return StandIn(config, place, gg_share, ahead_share, n_ctx, *own)
 
@@ -207,7 +208,7 @@ def _job(folder: Path | None, device: str, cpu_threads: int | None, dtype: str, 
     config |= {"dtype": dtype} if dtype != "auto" else {}
     name = folder.name if folder is not None else "default-shape"
     spec, device = Adapter.of(config, name).spec, device_name(device)
-    stand_in = from_config(shrunk(config, _STAND_IN_BYTES), name)
+    stand_in = from_config(shrunk(config, _READ_BYTES, _STAND_IN_BYTES), name)
     check_free(_N_STAND_INS * stand_in.weight_bytes + _N_POOLS * pool_bytes(spec), f"calibrating for {name}")
     return _Job(spec, config, device, device_bytes(device), cpu_threads, _within(extent, spec))
 

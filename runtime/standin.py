@@ -1,4 +1,4 @@
-"""What calibration reads from whole forward passes: attention, ends, hand-offs, copies of activations, joins.
+"""What calibration reads from whole steps: attention, ends, hand-offs, copies of activations, joins.
 
 A model of the same shapes with random weights and few layers stands for the real one. Its passes are run
 by the executor; the spans of its timelines are the measurements.
@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from sim.workload import RoutingTrace, Step
 
 N_PARTIAL = 3  # the overlapping run joins GG, CG and CC
 N_DECODE = 8
+_N_PROMPT = 8
 _HEAD: frozenset[Kind] = frozenset(("head",))
 BETWEEN_STEPS: frozenset[Kind] = frozenset(("embed", "sample"))
 """What is called once a step: all that a step does has gone through the caches since."""
@@ -83,9 +85,10 @@ def measure_rest(
     What the device's thread does between steps is left to measure_overlapped: here it has nothing to wait for.
     """
     spec = model.executor.spec
-    cases: list[Case[Work | str]] = [pass_case(model, n, p, place) for n in n_tokens for p in past]
-    kinds: frozenset[Kind] = BETWEEN_STEPS if place == "CPU" else frozenset()
-    times = yield from in_rounds([*cases, lambda: _decode_ends(model, kinds | _HEAD)], effort)
+    kinds: frozenset[Kind] = BETWEEN_STEPS | _HEAD if place == "CPU" else _HEAD
+    cases: list[Case[Work | str]] = [_pass_case(model, n, p, place) for n in n_tokens if n > 1 for p in past]
+    cases += [partial(_decode, model, p, place, kinds) for p in past]
+    times = yield from in_rounds(cases, effort)
     rows: dict[Op, dict[Work, list[list[float]]]] = defaultdict(dict)
     for key, rounds in times.items():
         if not isinstance(key, str):
@@ -96,64 +99,95 @@ def measure_rest(
     return replace(handoffs(delays_s), curves=tuple(curves))
 
 
-def pass_case(model: PlannedModel, n_tokens: int, past: int, place: Place) -> Case[Work | str]:
-    """One forward pass: times of its attention parts on a place, and of embed where it is a prompt's."""
+def _pass_case(model: PlannedModel, n_tokens: int, past: int, place: Place) -> Case[Work | str]:
+    """A forward pass of more than one token: times of its attention parts on a place, and of embed."""
     spec = model.executor.spec
-    usual = statistics.mode(spec.rest_bytes(i) for i in range(spec.n_layers))  # other layers scale from these
 
     def visit() -> Iterator[tuple[Work | str, float]]:
-        for span in forward(model, n_tokens, past)[0].spans:
-            if span.kind == "attn" and span.resource == place and spec.rest_bytes(span.layer) == usual:
-                yield spec.attention_work(span.layer, n_tokens, past + n_tokens), span.duration_s
-            elif span.kind == "embed" and n_tokens > 1:
-                yield spec.small_work("embed", n_tokens), span.duration_s
+        timeline, _ = forward(model, n_tokens, past)
+        yield from _attention_times(spec, timeline, n_tokens, past, place)
+        yield from ((spec.small_work("embed", n_tokens), s.duration_s) for s in timeline.spans if s.kind == "embed")
 
     return visit
+
+
+def _decode(
+    model: PlannedModel, past: int, place: Place, kinds: Collection[Kind]
+) -> Iterator[tuple[Work | str, float]]:
+    """A generation: times of one token's attention parts; where it begins with an empty cache, of ends and delays."""
+    timeline = generate(model, past)
+    yield from decode_attention(model.executor.spec, timeline, past, place)
+    if not past:
+        yield from ends_times(model.executor.spec, timeline, kinds)
+        yield from decode_delays(model, timeline)
+
+
+def decode_attention(spec: ModelSpec, timeline: Timeline, past: int, place: Place) -> Iterator[tuple[Work, float]]:
+    """Times of attention parts on a place, of the decode steps of a generation over `past` tokens."""
+    for step in settled(timeline):
+        yield from _attention_times(spec, step, 1, past, place)
+
+
+def _attention_times(
+    spec: ModelSpec, timeline: Timeline, n_tokens: int, past: int, place: Place
+) -> Iterator[tuple[Work, float]]:
+    usual = statistics.mode(spec.rest_bytes(i) for i in range(spec.n_layers))  # other layers scale from these
+    for span in timeline.spans:
+        if span.kind == "attn" and span.resource == place and spec.rest_bytes(span.layer) == usual:
+            yield spec.attention_work(span.layer, n_tokens, past + n_tokens), span.duration_s
 
 
 def ends_times(spec: ModelSpec, timeline: Timeline, kinds: Collection[Kind]) -> Iterator[tuple[Work, float]]:
     """Times of a decode step's ends, of some kinds, as generate runs them."""
     works = {"embed": spec.small_work("embed", 1), "head": spec.head_work(1), "sample": spec.small_work("sample", 1)}
-    for span in timeline.spans:
-        if span.kind in kinds and span.step not in ("prefill", "decode1"):
-            yield works[span.kind], span.duration_s
+    for step in settled(timeline):
+        yield from ((works[span.kind], span.duration_s) for span in step.spans if span.kind in kinds)
 
 
-def _decode_ends(model: PlannedModel, kinds: Collection[Kind]) -> Iterator[tuple[Work | str, float]]:
-    """Times of a decode step's ends, and its delays."""
-    timeline = generate(model)
-    yield from ends_times(model.executor.spec, timeline, kinds)
-    yield from _decode_delays(model, timeline)
+def settled(timeline: Timeline) -> list[Timeline]:
+    """The decode steps of a generation but for the first, which comes upon what the prompt left."""
+    return [timeline.step(name) for name in timeline.steps if name.startswith("decode") and name != "decode1"]
 
 
 def forward(model: PlannedModel, n_tokens: int, past: int) -> tuple[Timeline, RoutingTrace]:
-    """One forward pass of n_tokens new tokens over a cache of `past` tokens.
-
-    One token comes after another, whose pass is not recorded: so it is in decode, where the cache has grown in place.
-    """
-    cache, executor = DynamicCache(config=model.config), model.executor
-    if past:
-        for i, layer in enumerate(executor.spec.layers):
-            here = executor.device.torch_device if executor.plan.layers[i].rest == "GPU" else torch.device("cpu")
-            shape = (1, layer.attention.n_kv_heads, past, layer.attention.head_dim)
-            keys = torch.zeros(shape, dtype=getattr(torch, executor.spec.dtype), device=here)
-            cache.update(keys, keys.clone(), i)
+    """One forward pass of n_tokens new tokens over a cache of `past` tokens."""
+    cache, executor = _cache(model, past), model.executor
     ids = torch.randint(0, executor.spec.vocab, (1, n_tokens), device=model.device)
+    executor.begin_run()
     with torch.no_grad():
-        if n_tokens == 1:
-            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        executor.begin_run()
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return executor.end_run({})
 
 
-def generate(model: PlannedModel) -> Timeline:
-    """A prompt of a few tokens and N_DECODE steps after it."""
-    ids = torch.randint(3, model.executor.spec.vocab, (1, 8), device=model.device)
-    n_gen = N_DECODE + 1
-    model.generate(ids, max_new_tokens=n_gen, min_new_tokens=n_gen, do_sample=False, pad_token_id=0)
+def generate(model: PlannedModel, past: int = 0, n_steps: int = N_DECODE) -> Timeline:
+    """A prompt of a few tokens and decode steps after it, of which the middle one sees some `past` tokens.
+
+    One token is timed so, not in passes of its own: what generate does between steps, and what the device's thread
+    waits for in them, leaves other things in the caches (experiments/LOG.md, "One token as a generation runs it").
+    """
+    held = max(0, past - _N_PROMPT - n_steps // 2)
+    ids = torch.randint(3, model.executor.spec.vocab, (1, held + _N_PROMPT), device=model.device)
+    model.generate(
+        ids,
+        past_key_values=_cache(model, held),
+        max_new_tokens=n_steps + 1,
+        min_new_tokens=n_steps + 1,
+        do_sample=False,
+        pad_token_id=0,
+    )
     assert model.last_timeline is not None
     return model.last_timeline
+
+
+def _cache(model: PlannedModel, n_tokens: int) -> DynamicCache:
+    """A cache that holds so many tokens, each layer's where its attention is."""
+    cache, executor = DynamicCache(config=model.config), model.executor
+    for i, layer in enumerate(executor.spec.layers if n_tokens else ()):
+        here = executor.device.torch_device if executor.plan.layers[i].rest == "GPU" else torch.device("cpu")
+        shape = (1, layer.attention.n_kv_heads, n_tokens, layer.attention.head_dim)
+        keys = torch.zeros(shape, dtype=getattr(torch, executor.spec.dtype), device=here)
+        cache.update(keys, keys.clone(), i)
+    return cache
 
 
 # -- hand-offs, copies of activations, joins -----------------------------------------------------------
@@ -184,7 +218,7 @@ def measure_overlapped(model: PlannedModel, n_tokens: Sequence[int], effort: Eff
 def _between_steps(model: PlannedModel) -> Iterator[tuple[_Found, float]]:
     timeline = generate(model)
     yield from ((("GPU", work), s) for work, s in ends_times(model.executor.spec, timeline, BETWEEN_STEPS))
-    yield from _decode_delays(model, timeline)
+    yield from decode_delays(model, timeline)
 
 
 def _overlapped_case(model: PlannedModel, n_tokens: int) -> Case[_Found]:
@@ -200,21 +234,15 @@ def _overlapped_case(model: PlannedModel, n_tokens: int) -> Case[_Found]:
     return visit
 
 
-def _decode_delays(model: PlannedModel, timeline: Timeline) -> Iterator[tuple[str, float]]:
-    """Delays of the decode steps of a generation that has just run, the first one left out."""
-    assert model.last_routing is not None
-    for number in range(2, N_DECODE):
-        step = Step(f"decode{number}", 1, N_DECODE + number)
-        yield from step_delays(model, step, timeline, model.last_routing)
-
-
-def step_delays(
-    model: PlannedModel, step: Step, timeline: Timeline, trace: RoutingTrace
-) -> Iterator[tuple[str, float]]:
-    """Delays of a step that ran."""
-    executor = model.executor
-    graph = compile_step(executor.spec, executor.plan, step, lambda s, layer: trace.counts[s.name, layer])
-    return delays(graph, timeline)
+def decode_delays(model: PlannedModel, timeline: Timeline) -> Iterator[tuple[str, float]]:
+    """Delays of the decode steps of a generation that has just run with an empty cache, the first one left out."""
+    trace, executor = model.last_routing, model.executor
+    assert trace is not None
+    for own in settled(timeline):
+        (name,) = own.steps
+        step = Step(name, 1, _N_PROMPT + int(name.removeprefix("decode")))
+        graph = compile_step(executor.spec, executor.plan, step, lambda s, layer: trace.counts[s.name, layer])
+        yield from delays(graph, own)
 
 
 def delays(graph: TaskGraph, timeline: Timeline) -> Iterator[tuple[str, float]]:

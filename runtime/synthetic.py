@@ -37,23 +37,32 @@ DEFAULT_CONFIG: Mapping[str, Any] = {
 _COLUMN_FIELDS = ("intermediate_size", "moe_intermediate_size")
 
 
-def shrunk(config: Mapping[str, Any], max_bytes: int) -> dict[str, Any]:
-    """The config with fewer layers, and narrower MLPs if two layers still pass max_bytes.
+def shrunk(config: Mapping[str, Any], read_bytes: int, max_bytes: int) -> dict[str, Any]:
+    """The config with so few layers that one token reads read_bytes and all hold max_bytes, but two at least.
 
-    Attention, router and shared experts keep their sizes: those are what the stand-in measures.
+    Narrower MLPs if two pass max_bytes still. Attention, router and shared experts keep their sizes: those are what
+    the stand-in measures. What one token reads decides what it finds in the caches; experts that it leaves out do not.
     """
     small = dict(config)
     spec = from_config(small)
-    layer_bytes = max(spec.ffn_bytes(i) + spec.rest_bytes(i) for i in range(spec.n_layers))
-    n_layers = max(2, min(spec.n_layers, max_bytes // layer_bytes))
+    layers = range(spec.n_layers)
+    read = max(spec.rest_bytes(i) + spec.ffn_bytes(i) * _share_read(spec, i) for i in layers)
+    held = max(spec.rest_bytes(i) + spec.ffn_bytes(i) for i in layers)
+    n_layers = max(2, min(spec.n_layers, int(read_bytes // read), max_bytes // held))
     small["num_hidden_layers"] = n_layers
     if isinstance(small.get("layer_types"), list):
         small["layer_types"] = small["layer_types"][:n_layers]
-    while _bytes(small) > 2 * max_bytes and any(small.get(f, 0) > 64 for f in _COLUMN_FIELDS):
+    while _bytes(small) > max_bytes and any(small.get(f, 0) > 64 for f in _COLUMN_FIELDS):
         for name in _COLUMN_FIELDS:
             if name in small:
                 small[name] = max(64, small[name] // 2)
     return small
+
+
+def _share_read(spec: ModelSpec, layer: int) -> float:
+    """Of a layer's experts that one token meets; of a dense MLP all."""
+    ffn = spec.layers[layer].ffn
+    return ffn.top_k / ffn.n_experts
 
 
 def _bytes(config: Mapping[str, Any]) -> int:
