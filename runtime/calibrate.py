@@ -54,9 +54,9 @@ from sim.model import ModelSpec, from_config
 from sim.plan import Place
 
 # Of a model that stands for the real one. What a token reads: several times the cache that cores share (32 to 96 MB);
-# below that it finds weights there that a real model's other layers drive out. What it holds: mostly experts that no token meets.
-# No more of either: a round over all points of attention takes as long as there are layers, and few rounds tell a
-# machine's speed badly. With 6 layers a quick calibration had 4; two in turns differed by 8 to 14 % in attention.
+# with less it finds weights there that a real model's other layers drive out. What it holds: mostly experts that a
+# token does not meet. No more of either: a round over all points of attention takes as long as there are layers, and
+# few rounds tell a machine's speed badly. With 6 layers two in turns, of 4 rounds, differed by 8 to 14 % in attention.
 _READ_BYTES, _STAND_IN_BYTES = 160 << 20, 448 << 20
 _N_STAND_INS, _N_POOLS = 8, 3  # open at once: of _PARTS all that have one, and what MicroBench holds
 _PINNED_BYTES = tuple(1 << i for i in (14, 16, 18, 19, 20, 22, 24, 26))
