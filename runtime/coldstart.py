@@ -24,7 +24,7 @@ WAITING = ((0.5, 0.0, True), (0.0, 0.0, False), (0.75, 0.25, False), (0.0, 1.0, 
 
 The CPU computes what is left.
 """
-_N_STEPS = 5  # of a generation: where all weights are sent, each takes as long as ten others
+_N_STEPS = 3  # of a generation: where all weights are sent, each takes as long as ten others
 _LEAST_S = 1e-6  # the clock's own step, and a wait that is none
 _Found = list[tuple[float, float]]
 
@@ -39,7 +39,7 @@ def measure_cold(busy: PlannedModel, waiting: Sequence[PlannedModel], effort: Ef
     found: list[_Found] = [[] for _ in waiting]
     delays_s: dict[str, list[float]] = defaultdict(list)
     for model in (busy, *waiting):
-        generate(model, n_steps=_N_STEPS)
+        generate(model, n_steps=1)
     progress = Progress(effort)
     while progress.share < 1.0:
         progress.begin()

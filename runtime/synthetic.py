@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,14 @@ def random_model(config: Mapping[str, Any], folder: Path, plan: Plan, device: De
 def fill_small(values: Tensor) -> Tensor:
     """Small random numbers, cheaply and in place: denormals and NaN would change the speed of arithmetic."""
     flat = values.view(-1)
-    block = torch.randn(min(flat.numel(), 1 << 20)).mul_(0.02).to(flat.dtype)
+    block = _small_numbers(flat.dtype)[: flat.numel()]
     for first in range(0, flat.numel(), max(1, block.numel())):
         last = min(first + block.numel(), flat.numel())
         flat[first:last].copy_(block[: last - first])
     return values
+
+
+@cache
+def _small_numbers(dtype: torch.dtype) -> Tensor:
+    """Drawn once: that takes ten times as long as copying."""
+    return torch.randn(1 << 20).mul_(0.02).to(dtype)
