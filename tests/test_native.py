@@ -26,6 +26,7 @@ from runtime.ops import gated_mlp, piece_views, routed_mlp, torch_gated_mlp, tor
 
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MANY = 96  # rows from which on bfloat16 is summed in another order, see rows.h
 needs_compiler = pytest.mark.skipif(
     sys.platform != "linux" or not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler"
 )
@@ -175,6 +176,35 @@ def test_bits_depend_neither_on_threads_nor_on_the_rest_of_the_batch(kernel, isa
     assert all(torch.equal(results[0], other) for other in results[1:])
     for rows in ([7], [49, 0, 7]):
         assert torch.equal(kernel.mlp(x[rows], [(None, None, pieces)], 0, isa), results[0][rows])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_are_the_same_bits_among_any_number_of_many_and_near_to_few(kernel, isa, dtype):
+    if isa not in kernel.isas:
+        pytest.skip(f"this CPU has no {isa}")
+    x, pieces = random_x(600, 130, dtype), [random_piece(130, c, dtype, c) for c in (111, 8)]
+    results = []
+    for n_threads in (1, 2, 3):
+        torch.set_num_threads(n_threads)
+        results.append(kernel.mlp(x, [(None, None, pieces)], 0, isa))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    backwards = torch.arange(599, 599 - MANY, -1)
+    assert torch.equal(kernel.mlp(x[backwards], [(None, None, pieces)], 0, isa), results[0][backwards])
+    few = kernel.mlp(x[: MANY - 1], [(None, None, pieces)], 0, isa)
+    exact = torch_gated_mlp(x[: MANY - 1].double(), doubled(pieces), silu)
+    assert_near(results[0][: MANY - 1], few, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_of_many_rows_and_of_few_add_up(kernel, dtype):
+    x, order = random_x(300, 70, dtype), torch.Generator().manual_seed(1)
+    experts = []
+    for i, n in enumerate((300, 5, MANY, 0, MANY - 1)):
+        rows = torch.randperm(300, generator=order)[:n]
+        experts.append((rows, torch.rand(n, generator=order), [random_piece(70, 100, dtype, i)]))
+    exact = torch_routed_mlp(x.double(), [(r, w.double(), doubled(p)) for r, w, p in experts], silu)
+    assert_near(kernel.mlp(x, experts, 0), torch_routed_mlp(x, experts, silu), exact)
 
 
 # -- who computes -------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 Compiled when the package is installed (hatch_build.py). SCHEINFER_KERNEL says what computes on the CPU:
 `auto` (the default) takes the native kernel for what it can compute and torch for the rest, `native` insists
-that it is there, `torch` never uses it. Sums are float32; between the two matrix products of an MLP the
-values are float32, or bfloat16 on CPUs that multiply bfloat16, where torch rounds to the weights' dtype three
-times. A result depends neither on the number of threads nor on the other rows of the batch.
+that it is there, `torch` never uses it. Sums are float32; between an MLP's products the values are float32, or
+bfloat16 on CPUs that multiply it, where torch rounds to the weights' dtype three times. A result depends neither on
+threads nor on other rows, but that such a CPU sums products of 96 rows and more in another order (panel.h).
 """
 
 from __future__ import annotations
@@ -339,7 +339,7 @@ def leaves_to_torch(dtype: torch.dtype, n_rows: float) -> bool:
     """Whether `auto` takes torch for so many rows per expert: prompts in bfloat16 on CPUs with AMX, which torch uses.
 
     Elsewhere the kernel was faster than F.linear, or at most an eighth slower in long prompts in bfloat16
-    (experiments.cpu_kernels), and its results do not depend on the batch.
+    (experiments.cpu_kernels), and its results hardly depend on the batch.
     """
     return choice() == "auto" and dtype == torch.bfloat16 and n_rows >= _AMX_ROWS and _has_amx()
 

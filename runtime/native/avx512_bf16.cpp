@@ -1,5 +1,6 @@
 // AVX-512 with bfloat16: 32 products at once, so activations are bfloat16, too. Other dtypes are AVX-512's.
 #include "avx512.h"
+#include "panel.h"
 
 namespace scheinfer {
 namespace {
@@ -39,6 +40,13 @@ struct Pairs {
 
 }  // namespace
 
-const Kernels* avx512_bf16_kernels(int dtype) { return dtype == BF16 ? prompt_kernels_of<Pairs>() : avx512_kernels(dtype); }
+const Kernels* avx512_bf16_kernels(int dtype) {
+  static const Kernels pairs = [] {
+    Kernels k = *prompt_kernels_of<Pairs>();
+    k.dots_of_many = dots_of_many<Pairs>;
+    return k;
+  }();
+  return dtype == BF16 ? &pairs : avx512_kernels(dtype);
+}
 
 }  // namespace scheinfer

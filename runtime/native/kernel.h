@@ -14,7 +14,8 @@ enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, N_ISA = 4 
 
 constexpr int ROWS = 4;      // rows of W that a tile takes at once; work is cut at multiples of it
 constexpr int PAD = 32;      // activations are padded with zeros to a multiple of it
-constexpr int SCRATCH = ROWS * 1024;  // floats that dots() may use to widen weights
+constexpr int64_t PANEL_ROWS = 48, PANEL_K = 2048;  // of W, side by side for many tokens
+constexpr int SCRATCH = PANEL_ROWS * PANEL_K / 2;   // floats that dots() may use to widen weights or lay them out
 
 constexpr int64_t PAST_AT_ONCE = 256;  // keys that one item of attention takes
 
@@ -51,6 +52,8 @@ struct Kernels {
   void (*attend_row)(const float* query, const void* keys, const void* values, int64_t n, const Past& past,
                      float* mixed, float* top_and_sum);
   int activation_bytes;
+  // What dots computes, of many tokens; sums are in another order. Null where dots is as fast.
+  decltype(dots) dots_of_many = nullptr;
   // A prompt's attention; null without AVX-512. Blocks of keys and values, up to 6 neighbouring queries of a head.
   void (*pack_keys)(const void* keys, int64_t n_keys, const Past& past, void* panel) = nullptr;
   void (*pack_values)(const void* values, int64_t n_keys, const Past& past, void* panel) = nullptr;

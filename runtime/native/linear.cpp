@@ -40,12 +40,13 @@ void project(void* context, int64_t index) {
   const char *w = weights_of(call, item), *later = follows ? weights_of(call, call.items[size_t(next)]) : nullptr;
   float bias[MOST_ROWS + PAD] = {};
   if (p.bias) call.k->widen_row(p.bias + item.first * call.weight_bytes, n, bias);
-  const Chunks chunks{call.S};
+  const Chunks chunks(call.k, call.S);
+  const auto dots = dots_of(call.k, call.S);
   for (int64_t c = 0; c < chunks.n(); c++) {
     const int64_t t0 = chunks.first(c), tokens = chunks.first(c + 1) - t0;
-    const void* x[TOKENS_AT_ONCE];
+    const void* x[MANY_AT_ONCE];
     for (int64_t t = 0; t < tokens; t++) x[t] = call.x + (t0 + t) * call.x_stride;
-    call.k->dots(w, n, call.K, x, tokens, s.one, MOST_ROWS, c + 1 < chunks.n() ? nullptr : later, s.wide);
+    dots(w, n, call.K, x, tokens, s.one, MOST_ROWS, c + 1 < chunks.n() ? nullptr : later, s.wide);
     for (int64_t t = 0; t < tokens; t++) {
       float* row = s.one + t * MOST_ROWS;
       for (int64_t i = 0; i < n; i++) row[i] += bias[i];
@@ -79,7 +80,7 @@ extern "C" int scheinfer_linear(const void* x, int64_t S, int64_t K, int64_t n_p
                                   reinterpret_cast<char*>(words[2]), words[3]});
       n_rows += words[3];
     }
-    const int64_t most = rows_at_once(n_rows, n_threads);
+    const int64_t most = rows_at_once(n_rows, n_threads, are_many(k, S));
     for (const Projection& p : call.projections)
       for (int64_t first = 0; first < p.N; first += most)
         call.items.push_back({&p, first, first + most < p.N ? first + most : p.N});

@@ -5,6 +5,7 @@
 //
 // Sums are float32 from weights to y, which is rounded once. Activations h are float32, or bfloat16 where the CPU
 // multiplies bfloat16.
+#include <cstring>
 #include <vector>
 
 #include "rows.h"
@@ -45,7 +46,7 @@ struct Call {
   int64_t D, S, weight_bytes, at_once;
   int act, n_threads;
   char* y;
-  float* sums;  // [S, D]
+  float* sums;  // [D / at_once][S, at_once]
   std::vector<Expert> experts;
   std::vector<Item> items;
   std::vector<Part> parts;
@@ -70,13 +71,14 @@ void gate_and_up(void* context, int64_t index) {
   Scratch& s = scratch();
   const int64_t n = item.last - item.first, row_bytes = call.D * call.weight_bytes;
   const int64_t size = call.k->activation_bytes, end = item.last == piece.columns ? up_to(item.last, PAD) : item.last;
-  const Chunks chunks{item.expert->n_rows};
+  const Chunks chunks(call.k, item.expert->n_rows);
+  const auto dots = dots_of(call.k, item.expert->n_rows);
   for (int64_t i = 0; i < chunks.n(); i++) {
     const int64_t t0 = chunks.first(i), tokens = chunks.first(i + 1) - t0;
     const void* const* x = item.expert->x.data() + t0;
     const char *gate = piece.gate + item.first * row_bytes, *up = piece.up + item.first * row_bytes;
-    call.k->dots(gate, n, call.D, x, tokens, s.one, MOST_ROWS, i ? nullptr : up, s.wide);
-    call.k->dots(up, n, call.D, x, tokens, s.other, MOST_ROWS, i + 1 < chunks.n() ? nullptr : after(call, index), s.wide);
+    dots(gate, n, call.D, x, tokens, s.one, MOST_ROWS, i ? nullptr : up, s.wide);
+    dots(up, n, call.D, x, tokens, s.other, MOST_ROWS, i + 1 < chunks.n() ? nullptr : after(call, index), s.wide);
     for (int64_t t = 0; t < tokens; t++) {
       char* to = piece.h + (t0 + t) * piece.stride + item.first * size;
       call.k->activate(s.one + t * MOST_ROWS, s.other + t * MOST_ROWS, n, call.act, to);
@@ -85,17 +87,20 @@ void gate_and_up(void* context, int64_t index) {
   }
 }
 
-void add_down(const Call& call, const Expert& expert, const Piece& piece, int64_t first, int64_t n, const char* later) {
+// Adds to sums [S, n].
+void add_down(const Call& call, const Expert& expert, const Piece& piece, int64_t first, int64_t n, float* sums,
+              const char* later) {
   Scratch& s = scratch();
   const char* down = piece.down + first * piece.columns * call.weight_bytes;
-  const Chunks chunks{expert.n_rows};
+  const Chunks chunks(call.k, expert.n_rows);
+  const auto dots = dots_of(call.k, expert.n_rows);
   for (int64_t i = 0; i < chunks.n(); i++) {
     const int64_t t0 = chunks.first(i), tokens = chunks.first(i + 1) - t0;
-    const void* h[TOKENS_AT_ONCE];
+    const void* h[MANY_AT_ONCE];
     for (int64_t t = 0; t < tokens; t++) h[t] = piece.h + (t0 + t) * piece.stride;
-    call.k->dots(down, n, piece.columns, h, tokens, s.one, MOST_ROWS, i + 1 < chunks.n() ? nullptr : later, s.wide);
+    dots(down, n, piece.columns, h, tokens, s.one, MOST_ROWS, i + 1 < chunks.n() ? nullptr : later, s.wide);
     for (int64_t t = 0; t < tokens; t++) {
-      float* sum = call.sums + (expert.rows ? expert.rows[t0 + t] : t0 + t) * call.D + first;
+      float* sum = sums + (expert.rows ? expert.rows[t0 + t] : t0 + t) * n;
       const float weight = expert.weights ? expert.weights[t0 + t] : 1.0f, *part = s.one + t * MOST_ROWS;
       for (int64_t i = 0; i < n; i++) sum[i] += weight * part[i];
     }
@@ -106,17 +111,17 @@ void down(void* context, int64_t index) {
   const Call& call = *static_cast<const Call*>(context);
   const int64_t first = index * call.at_once, left = call.D - first;
   const int64_t n = left < call.at_once ? left : call.at_once;
-  for (int64_t s = 0; s < call.S; s++)
-    for (int64_t i = 0; i < n; i++) call.sums[s * call.D + first + i] = 0.0f;
+  float* sums = call.sums + call.S * first;
+  memset(sums, 0, size_t(call.S * n) * sizeof(float));
   for (size_t e = 0; e < call.parts.size(); e++) {
     const Part &part = call.parts[e], &then = call.parts[(e + 1) % call.parts.size()];
     const int64_t row = e + 1 < call.parts.size() ? first : first + call.n_threads * call.at_once;
     const bool follows = then.piece->columns == part.piece->columns && row + n <= call.D;
     const char* later = follows ? then.piece->down + row * then.piece->columns * call.weight_bytes : nullptr;
-    add_down(call, *part.expert, *part.piece, first, n, later);
+    add_down(call, *part.expert, *part.piece, first, n, sums, later);
   }
   for (int64_t s = 0; s < call.S; s++)
-    call.k->store_row(call.sums + s * call.D + first, n, call.y + (s * call.D + first) * call.weight_bytes);
+    call.k->store_row(sums + s * n, n, call.y + (s * call.D + first) * call.weight_bytes);
 }
 
 // Experts as callers lay them down: rows, weights, n_rows, n_pieces, then gate, up, down, columns of each piece.
@@ -142,6 +147,7 @@ void read_experts(Call& call, const int64_t* words, int64_t n_experts, const cha
 void share_out(Call& call, Memory& memory, int n_threads) {
   size_t total = 0;
   int64_t n_columns = 0;
+  bool many = false;
   for (const Expert& expert : call.experts)
     for (const Piece& piece : expert.pieces) n_columns += piece.columns;
   for (Expert& expert : call.experts)
@@ -149,7 +155,8 @@ void share_out(Call& call, Memory& memory, int n_threads) {
       piece.stride = stride_of(piece.columns, call.k->activation_bytes);
       total += size_t(piece.stride * expert.n_rows);
       call.parts.push_back({&expert, &piece});
-      const int64_t most = rows_at_once(n_columns, n_threads);
+      const int64_t most = rows_at_once(n_columns, n_threads, are_many(call.k, expert.n_rows));
+      many |= are_many(call.k, expert.n_rows);
       for (int64_t first = 0; first < piece.columns; first += most) {
         const int64_t last = first + most < piece.columns ? first + most : piece.columns;
         call.items.push_back({&expert, &piece, first, last});
@@ -158,7 +165,7 @@ void share_out(Call& call, Memory& memory, int n_threads) {
   char* h = memory.h.at_least(total);
   for (Expert& expert : call.experts)
     for (Piece& piece : expert.pieces) piece.h = h, h += piece.stride * expert.n_rows;
-  call.at_once = rows_at_once(call.D, n_threads);
+  call.at_once = rows_at_once(call.D, n_threads, many);
 }
 
 }  // namespace

@@ -9,6 +9,8 @@
 namespace scheinfer {
 
 constexpr int64_t TOKENS_AT_ONCE = 240;  // their activations of one block of K are at most 1 MiB
+constexpr int64_t MANY = 96;             // tokens from which on dots_of_many is faster
+constexpr int64_t MANY_AT_ONCE = 512;    // of them
 constexpr int64_t MOST_ROWS = 64;        // of W in one item of work
 
 struct Aligned {
@@ -27,7 +29,8 @@ struct Aligned {
 };
 
 struct Scratch {
-  float one[MOST_ROWS * TOKENS_AT_ONCE], other[MOST_ROWS * TOKENS_AT_ONCE], wide[SCRATCH];
+  float one[MOST_ROWS * MANY_AT_ONCE], other[MOST_ROWS * MANY_AT_ONCE];
+  alignas(64) float wide[SCRATCH];
 };
 inline Scratch& scratch() {
   static thread_local Scratch own;
@@ -39,17 +42,21 @@ inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / 
 // Rows of activations end in zeros, and begin where no two of them share a set of the cache.
 inline int64_t stride_of(int64_t n, int64_t bytes) { return up_to(n, PAD) * bytes + 64; }
 
-// Tokens in as few chunks of at most TOKENS_AT_ONCE as possible, of sizes as equal as possible.
+inline bool are_many(const Kernels* k, int64_t tokens) { return k->dots_of_many && tokens >= MANY; }
+inline auto dots_of(const Kernels* k, int64_t tokens) { return are_many(k, tokens) ? k->dots_of_many : k->dots; }
+
+// Tokens in as few chunks as possible, of sizes as equal as possible; all of them many or none.
 struct Chunks {
-  int64_t tokens;
-  int64_t n() const { return (tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE; }
+  int64_t tokens, most;
+  Chunks(const Kernels* k, int64_t n) : tokens(n), most(are_many(k, n) ? MANY_AT_ONCE : TOKENS_AT_ONCE) {}
+  int64_t n() const { return (tokens + most - 1) / most; }
   int64_t first(int64_t i) const { return i * tokens / n(); }
 };
 
-// Rows of W in one item of work, so that each thread gets several.
-inline int64_t rows_at_once(int64_t n, int n_threads) {
-  const int64_t share = up_to(n / (8 * n_threads) + 1, ROWS);
-  return share < MOST_ROWS ? share : MOST_ROWS;
+// Rows of W in one item of work, so that each thread gets several; whole panels if they are of many tokens.
+inline int64_t rows_at_once(int64_t n, int n_threads, bool many) {
+  const int64_t share = up_to(n / (8 * n_threads) + 1, ROWS), most = many ? PANEL_ROWS : MOST_ROWS;
+  return share < most ? share : most;
 }
 
 // Calls work(row) for each of n rows of so many elements, on n_threads threads if that is worth waking them.

@@ -2,7 +2,7 @@
 //
 // A tile is ROWS rows of W times up to T::TOKENS tokens, all sums in registers, both sides read along K, so nothing
 // has to be packed. Every sum runs through K in one fixed order, in blocks of T::BLOCK: results depend neither on the
-// number of threads nor on what other tokens are in the batch.
+// number of threads nor on what other tokens are in the batch (but where panel.h takes many of them).
 #pragma once
 
 #include <cmath>
