@@ -1,14 +1,14 @@
 """Can the simulator be trusted to choose a plan?
 
-    python -m experiments.fidelity                    30 minutes on 2 cores; writes experiments/results/fidelity/
+    python -m experiments.fidelity                    35 minutes on 2 cores; writes experiments/results/fidelity/
     python -m experiments.fidelity --models tiny-llama    one model; the other's evidence stays as it is
     python -m experiments.fidelity --replay           10 s: today's simulator over the evidence that is there
     python -m experiments.fidelity --smoke            30 s on a tiny shape; writes nowhere unless --out is given
 
 Two small checkpoints (a Mixtral and a Llama of random weights, each many times larger than the caches) run on this
 machine by many plans: every policy, the best that the search finds and some drawn at random, in three cells of
-workload and device memory. Profiles are calibrated on other steps than those that run. All plans take turns, ten
-times, with models loaded anew; what the last five times differ from the first five is the noise. The speed of a
+workload and device memory. Profiles are calibrated on other steps than those that run. All plans take turns,
+twelve times, with models loaded anew; what the last six times differ from the first six is the noise. The speed of a
 shared machine changes within seconds, and one calibration would tell of one minute: so a second one takes turns with
 the runs, and what is simulated rests on it. What was predicted before anything ran rests on the first, and stands
 beside it.
@@ -42,7 +42,7 @@ from sim.workload import Workload
 
 MODELS = ("tiny-mixtral", "tiny-llama")
 CELLS = (Workload(100, 10), 0.5), (Workload(100, 10), 0.25), (Workload(20, 12), 0.4)
-PROTOCOL = Protocol(CELLS, n_drawn=96, visits=10)
+PROTOCOL = Protocol(CELLS, n_drawn=96, visits=12)
 TINY_PROTOCOL = Protocol(
     ((Workload(10, 3), 0.5), (Workload(6, 4), 0.3)),
     ("cpu-only", "stream", "scheinfer"),
