@@ -18,10 +18,24 @@ inline Lanes lanes_of(const Element* p) {
   return v;
 }
 
-inline float total(Lanes v) {
-  for (int n = 8; n; n /= 2)
-    for (int i = 0; i < n; i++) v[i] += v[i + n];
-  return v[0];
+inline Lanes lanes_of(const Bf16* p) {
+  typedef uint16_t Narrow __attribute__((vector_size(32)));
+  typedef uint32_t Wide __attribute__((vector_size(64)));
+  Narrow raw;
+  memcpy(&raw, p, sizeof(raw));
+  return bits<Lanes>(__builtin_convertvector(raw, Wide) << 16);
+}
+
+inline float total(Lanes v) {  // halves of vectors, not one lane after the other
+  typedef float Half __attribute__((vector_size(32)));
+  typedef float Quarter __attribute__((vector_size(16)));
+  Half half[2];
+  memcpy(half, &v, sizeof(half));
+  half[0] += half[1];
+  Quarter quarter[2];
+  memcpy(quarter, half, sizeof(quarter));
+  quarter[0] += quarter[1];
+  return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
 }
 
 template <class Left, class Right>
@@ -81,6 +95,13 @@ void attend_row(const float* query, const void* keys, const void* values, int64_
   for (int64_t t = 0; t < n; t++) scores[t] = exp_of(scores[t] - top);
   for (int64_t t = 0; t < n; t++) sum += scores[t];
   int64_t d = 0;
+  constexpr int64_t SUMS = 4;  // each waits for its own last addition alone
+  for (; d + SUMS * LANES <= past.value_width; d += SUMS * LANES) {
+    Lanes part[SUMS] = {};
+    for (int64_t t = 0; t < n; t++)
+      for (int64_t i = 0; i < SUMS; i++) part[i] += scores[t] * lanes_of(v + t * past.value_stride + d + i * LANES);
+    memcpy(mixed + d, part, sizeof(part));
+  }
   for (; d + LANES <= past.value_width; d += LANES) {
     Lanes part = {};
     for (int64_t t = 0; t < n; t++) part += scores[t] * lanes_of(v + t * past.value_stride + d);
