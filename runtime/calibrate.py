@@ -63,7 +63,7 @@ _PINNED_BYTES = tuple(1 << i for i in (14, 16, 18, 19, 20, 22, 24, 26))
 _PAGEABLE_BYTES = tuple(1 << i for i in (14, 16, 18, 20, 22, 24))
 SETS: tuple[tuple[Resource, ...], ...] = (("CPU", "GPU"), ("CPU", "H2D"), ("GPU", "H2D"), ("CPU", "GPU", "H2D"))
 """Resources that are measured working together."""
-_VARIANT_TOKENS = (1, 4, 16, 64, 256)
+_VARIANT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _COMPUTING_TOKENS = 64  # far beyond the ridge of a CPU: some 10 tokens
 
 
@@ -97,7 +97,7 @@ _FEW = (*range(1, FEW_ROWS + 2), 12, 16, 24, 32)
 KNOWN_SHARE = 0.02
 """Standard error of a curve's mean over passes that is small enough: two such calibrations differ by some 3 %."""
 QUICK = Extent((*_FEW, 64, 128, 256), (0, 256), 3, 20, 36.0, 0.08, False)
-FULL = Extent((*_FEW, 48, 64, 96, 128, 192, 256, 512), (0, 128, 512, 2048), 3, 60, 60.0, 0.25, True, 3, 5)
+FULL = Extent((*_FEW, 48, 64, 96, 128, 192, 256, 512), (0, 128, 256, 512, 2048), 3, 60, 60.0, 0.25, True, 3, 5)
 ALONGSIDE = replace(QUICK, least=12, most=1000, seconds=300.0, counts_rounds=True)
 """For a calibration beside some minutes of runs."""
 SMOKE = Extent((1, 4, 16), (0,), 1, 1, 1.0, 0.01, False)

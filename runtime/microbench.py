@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from statistics import median
 
 import torch
@@ -27,14 +28,14 @@ from runtime.words import mlp_words, takes_words
 from sim.graph import Kind, Task
 from sim.model import ModelSpec
 
-BodyOf = Callable[[int], Body]
-"""The body of a measurement's i-th task: each touches other weights than the one before."""
+NextBody = Callable[[], Body]
+"""Makes the body of a measurement's next task: each touches other weights than those before, of whatever case."""
 
 _POOL_BYTES = 192 << 20  # several times any cache: weights must come from memory
-_LONG_S = 10e-3  # a task that long needs no other before it to warm up
+_LONG_S = 3e-3  # a task that long needs no other before it to warm up
 _LOAD_COPY_BYTES = 4 << 20
 _LOAD_FLOPS = 2e9  # a task in some 10 ms on one core: short beside the time that sets work together
-_Load = tuple[Work, BodyOf, float]
+_Load = tuple[Work, NextBody, float]
 """What a resource is kept at work with: a demand, its bodies, and seconds of one task alone."""
 _Times = dict[Resource, list[float]]
 LINKS: tuple[Resource, Resource] = ("H2D", "D2H")
@@ -59,6 +60,7 @@ class MicroBench:
         self.host = fill_small(device.host_slab(n_elements, self.dtype, pinned=True))
         self.resident = fill_small(device.allocate(n_elements, self.dtype, "micro-benchmark weights"))
         self._issued = 0
+        self._taken: dict[int, int] = {}
 
     # -- tasks ----------------------------------------------------------------------------------------
 
@@ -75,7 +77,7 @@ class MicroBench:
         self._issued += 1
         return Task(f"micro.{resource}.{self._issued}", _KIND[resource], resource, (demand,))
 
-    def _curves(self, cases: Sequence[tuple[Resource, Work, BodyOf]], effort: Effort) -> InRounds[list[Curve]]:
+    def _curves(self, cases: Sequence[tuple[Resource, Work, NextBody]], effort: Effort) -> InRounds[list[Curve]]:
         """Curves of what several resources do alone, a case after the other."""
         times = yield from in_rounds([self._case(*case) for case in cases], effort)
         rows: dict[tuple[Resource, work.Op], dict[Work, list[list[float]]]] = defaultdict(dict)
@@ -86,15 +88,14 @@ class MicroBench:
             Curve(r, op, self.spec.dtype, threads.get(r, 0), "measured", samples(own)) for (r, op), own in rows.items()
         ]
 
-    def _case(self, resource: Resource, demand: Work, body_of: BodyOf) -> Case[tuple[Resource, Work]]:
-        """Each visit runs three tasks over different weights and drops the first; of long ones it runs one."""
-        issued, longest_s = 0, 0.0
+    def _case(self, resource: Resource, demand: Work, next_body: NextBody) -> Case[tuple[Resource, Work]]:
+        """Each visit runs three tasks over different weights and drops the first; of those above _LONG_S it runs one."""
+        longest_s = 0.0
 
         def visit() -> Iterator[tuple[tuple[Resource, Work], float]]:
-            nonlocal issued, longest_s
+            nonlocal longest_s
             n = 1 if longest_s > _LONG_S else 3
-            spans = self.times_s([(self.task(resource, demand), body_of(issued + i)) for i in range(n)])[resource]
-            issued += n
+            spans = self.times_s([(self.task(resource, demand), next_body()) for _ in range(n)])[resource]
             for start, end in spans[-2:] if n > 1 else spans:
                 longest_s = max(longest_s, end - start)
                 yield (resource, demand), end - start
@@ -115,19 +116,26 @@ class MicroBench:
         ]
         return (yield from self._curves(cases, effort))
 
-    def _ffn_bodies(self, resource: Resource, n_tokens: int, columns: int) -> BodyOf:
+    def _ffn_bodies(self, resource: Resource, n_tokens: int, columns: int) -> NextBody:
         pool = self.host if resource == "CPU" else self.resident
         x = torch.randn(n_tokens, self.spec.d_model, dtype=self.dtype).to(pool.device)
         size = 3 * self.spec.d_model * columns
-        stride = max(size, pool.numel() // 64 // 64 * 64)
 
-        def body_of(i: int) -> Body:
-            first = (i * stride) % (pool.numel() - size + 1)
-            pieces = [piece_views(pool[first : first + size], self.spec.d_model, columns)]
+        def next_body() -> Body:
+            pieces = [piece_views(self._unread(pool, size), self.spec.d_model, columns)]
             with self.device.driving():  # words name the number of threads that drive the device
                 return self._mlp(x, pieces, resource)
 
-        return body_of
+        return next_body
+
+    def _unread(self, pool: Tensor, n: int) -> Tensor:
+        """The n elements of a pool that were taken longest ago: no cache holds them, whichever case took the last."""
+        stride = max(n, pool.numel() // 64) // 64 * 64 + 64
+        first = self._taken.get(pool.data_ptr(), 0)
+        if first + n > pool.numel():
+            first = 0
+        self._taken[pool.data_ptr()] = first + stride
+        return pool[first : first + n]
 
     def _mlp(self, x: Tensor, pieces: Sequence[Piece], resource: Resource) -> Body:
         is_moe = self.spec.layers[self.layer].ffn.is_moe
@@ -161,20 +169,19 @@ class MicroBench:
                     cases.append((resource, demand, self._copy_bodies(resource, host, n, pinned)))
         return (yield from self._curves(cases, effort))
 
-    def _copy_bodies(self, resource: Resource, host: Tensor, n: int, pinned: bool) -> BodyOf:
-        def body_of(i: int) -> Body:
-            first = (i * n) % (host.numel() - n + 1)
-            near, far = host[first : first + n], self.resident[:n]
+    def _copy_bodies(self, resource: Resource, host: Tensor, n: int, pinned: bool) -> NextBody:
+        def next_body() -> Body:
+            near, far = self._unread(host, n), self.resident[:n]
             target, source = (far, near) if resource == "H2D" else (near, far)
             return self.device.copying([(target, source)], pinned)
 
-        return body_of
+        return next_body
 
     # -- yardstick ------------------------------------------------------------------------------------
 
     def stream_curves(self, effort: Effort) -> InRounds[list[Curve]]:
         """The yardstick: reading and copying arrays far larger than any cache, on CPU and GPU."""
-        cases: list[tuple[Resource, Work, BodyOf]] = []
+        cases: list[tuple[Resource, Work, NextBody]] = []
         pools: dict[Resource, Tensor] = {"CPU": self.host, "GPU": self.resident}
         for resource, pool in pools.items():
             halves = pool[: pool.numel() // 128 * 128].view(torch.float32).chunk(2)
@@ -220,9 +227,9 @@ class MicroBench:
         """Median task time of each resource while all of them are at work."""
         tasks: list[tuple[Task, Body]] = []
         for resource in active:
-            demand, body_of, each_s = loads[resource]
+            demand, next_body, each_s = loads[resource]
             n = max(4, int(seconds / each_s))
-            tasks += [(self.task(resource, demand), body_of(i)) for i in range(n)]
+            tasks += [(self.task(resource, demand), next_body()) for _ in range(n)]
         # Inline tasks last: the other queues must be at work when the calling thread starts.
         tasks.sort(key=lambda pair: pair[0].resource == "GPU")
         spans = self.times_s(tasks)
@@ -243,21 +250,23 @@ class MicroBench:
             n = _LOAD_COPY_BYTES // self.dtype.itemsize
             demand = work.copy(n * self.dtype.itemsize, self.spec.dtype)
             bodies = self._copy_bodies(resource, self.host, n, pinned=True)
-        _, *kept = self.times_s([(self.task(resource, demand), bodies(i)) for i in range(4)])[resource]
+        _, *kept = self.times_s([(self.task(resource, demand), bodies()) for _ in range(4)])[resource]
         return demand, bodies, median(end - start for start, end in kept)
 
 
-def _reading(one: Tensor, other: Tensor) -> BodyOf:
+def _reading(one: Tensor, other: Tensor) -> NextBody:
     totals = torch.empty((), dtype=one.dtype, device=one.device)
 
     def read(of: Tensor) -> None:
         torch.sum(of, dim=0, out=totals)
 
-    return lambda i: partial(read, (one, other)[i % 2])
+    turns = cycle((one, other))
+    return lambda: partial(read, next(turns))
 
 
-def _copying(one: Tensor, other: Tensor) -> BodyOf:
+def _copying(one: Tensor, other: Tensor) -> NextBody:
     def copy(target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
-    return lambda i: partial(copy, other, one) if i % 2 else partial(copy, one, other)
+    turns = cycle(((one, other), (other, one)))
+    return lambda: partial(copy, *next(turns))

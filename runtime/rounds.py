@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -17,7 +17,7 @@ Case = Callable[[], Iterable[tuple[Key, float]]]
 InRounds = Generator[float, None, Done]
 """A measurement that says after every round what share of it is done, 0 to 1, so that others can take turns with it."""
 Measuring = InRounds[Part]
-_VISIT_S, _MOST_VISITS = 0.015, 4
+_LONG = 2.0  # times what a case takes on average: such a case is visited in every second round
 _SIZING = 3  # rounds by which their number is found
 _SURE = 0.75  # of a measurement must be over before it may end early: the machine's speed changes by turns of seconds
 
@@ -73,30 +73,53 @@ class Progress:
 def in_rounds(cases: Sequence[Case[Key]], effort: Effort) -> InRounds[dict[Key, list[list[float]]]]:
     """Seconds of every repeat, by what took them and by round. One round before the first warms up and does not count.
 
-    Every round visits all cases, short ones several times, so that all see the same minutes of the machine. It ends
-    early where all times are known (hwmodels.calibrate.is_known) and most of the time is over, but not where it counts
-    rounds: what it stands beside goes on. Rounds that were kept count as if they had been measured now.
+    A round visits every case once, so that all see the same minutes of the machine; long cases from the second round on
+    in every other one. It ends early where all times are known (hwmodels.calibrate.is_known) and most of the time is
+    over, but not where it counts rounds: what it stands beside goes on. Rounds that were kept count as if they had been
+    measured now.
     """
     kept = effort.kept.following() if effort.kept is not None else None
     before = cast("Rounds[Key]", kept.load() if kept is not None else Rounds())
-    times, progress, warms_up = before.times, Progress(effort, before.n_rounds, before.spent_s), True
+    times, progress = before.times, Progress(effort, before.n_rounds, before.spent_s)
+    every: list[int] | None = None  # a case is visited in every such round, once that is known
     while progress.share < 1.0 and not (_may_end(progress) and _all_known(times.values())):
         progress.begin()
+        if every is None:
+            every = _how_often([_warmed(case) for case in cases])
+            yield progress.end(counts=False)
+            continue
         found: dict[Key, list[float]] = defaultdict(list)
-        for case in cases:
-            for key, seconds in case() if warms_up else _visits(case):
-                found[key].append(seconds)
-        share = progress.end(counts=not warms_up)
-        if not warms_up:
-            for key in found:
-                times.setdefault(key, [[] for _ in range(progress.rounds - 1)])
-            for key, rounds in times.items():
-                rounds.append(found.get(key, []))
-            if kept is not None:
-                kept.save(Rounds(progress.spent_s, progress.rounds, times))
-        warms_up = False
+        for i, case in enumerate(cases):
+            if progress.rounds == 0 or (progress.rounds + i) % every[i] == 0:
+                for key, seconds in case():
+                    found[key].append(seconds)
+        share = progress.end()
+        for key in found:
+            times.setdefault(key, [[] for _ in range(progress.rounds - 1)])
+        for key, rounds in times.items():
+            rounds.append(found.get(key, []))
+        if kept is not None:
+            kept.save(Rounds(progress.spent_s, progress.rounds, times))
         yield share
     return times
+
+
+def _warmed(case: Case[Key]) -> float:
+    """Seconds of a visit whose times do not count."""
+    began_s = time.perf_counter()
+    for _ in case():
+        pass
+    return time.perf_counter() - began_s
+
+
+def _how_often(took_s: Sequence[float]) -> list[int]:
+    """Of each case: every how many rounds it is visited.
+
+    The machine's speed changes within milliseconds, too: a long case sees more of that in one visit than a short one,
+    and a few of them would make rounds so long that there are only three or four.
+    """
+    average_s = sum(took_s) / max(1, len(took_s))
+    return [2 if seconds > _LONG * average_s else 1 for seconds in took_s]
 
 
 def _may_end(progress: Progress) -> bool:
@@ -110,14 +133,6 @@ def flat(rounds: Iterable[Sequence[float]]) -> list[float]:
 
 def _all_known(times: Iterable[Sequence[Sequence[float]]]) -> bool:
     return all(is_known(flat(rounds)) for rounds in times)
-
-
-def _visits(case: Case[Key]) -> Iterator[tuple[Key, float]]:
-    began_s = time.perf_counter()
-    for _ in range(_MOST_VISITS):
-        yield from case()
-        if time.perf_counter() - began_s > _VISIT_S:
-            return
 
 
 def finish(measuring: InRounds[Done]) -> Done:

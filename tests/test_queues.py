@@ -164,7 +164,7 @@ def test_what_is_calibrated_computes_on_the_threads_that_runs_have(
     try:
         threads: dict[Resource, int] = {"GPU": device.gpu_threads, "CPU": device.cpu_threads}
         for resource, expected in threads.items():
-            body = bench._ffn_bodies(resource, 2, 8)(0)
+            body = bench._ffn_bodies(resource, 2, 8)()
             assert isinstance(body, NativeBody)
             assert body.words[8] == expected
         assert torch.get_num_threads() == n_threads + 5
