@@ -63,7 +63,7 @@ _PINNED_BYTES = tuple(1 << i for i in (14, 16, 18, 19, 20, 22, 24, 26))
 _PAGEABLE_BYTES = tuple(1 << i for i in (14, 16, 18, 20, 22, 24))
 SETS: tuple[tuple[Resource, ...], ...] = (("CPU", "GPU"), ("CPU", "H2D"), ("GPU", "H2D"), ("CPU", "GPU", "H2D"))
 """Resources that are measured working together."""
-_VARIANT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_VARIANT_TOKENS = (1, 2, 4, 6, 8, 16, 32, 64, 128, 256)
 _COMPUTING_TOKENS = 64  # far beyond the ridge of a CPU: some 10 tokens
 
 
