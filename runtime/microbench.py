@@ -89,7 +89,7 @@ class MicroBench:
         ]
 
     def _case(self, resource: Resource, demand: Work, next_body: NextBody) -> Case[tuple[Resource, Work]]:
-        """Each visit runs three tasks over different weights and drops the first; of tasks above _LONG_S it runs one."""
+        """Each visit runs three tasks over different weights and drops the first; of long ones it runs one."""
         longest_s = 0.0
 
         def visit() -> Iterator[tuple[tuple[Resource, Work], float]]:
