@@ -34,6 +34,7 @@ from hwmodels.errors import KernelError
 from runtime import native
 from runtime.native import Kernel
 from runtime.ops import Piece, piece_views, torch_routed_mlp
+from runtime.pages import large_pages
 
 Path_ = Callable[[int], object]
 """Compute with the i-th of several equal sets of weights."""
@@ -74,7 +75,9 @@ class Weights:
         per_set = shape.size * shape.n_experts
         self.n_sets = max(2, _POOL_BYTES // (per_set * dtype.itemsize)) if shape.size > 1 << 20 else 2
         block = (torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)) / shape.d_model**0.5).to(dtype)
-        self.flat = block.repeat(-(-self.n_sets * per_set // block.numel()))
+        n_blocks = -(-self.n_sets * per_set // block.numel())
+        self.flat = large_pages(torch.empty(n_blocks * block.numel(), dtype=dtype))  # as the runtime keeps them
+        self.flat.view(n_blocks, -1).copy_(block)
 
     def pieces(self, i: int) -> list[Piece]:
         """A piece per expert of the i-th set."""
@@ -172,7 +175,7 @@ def _compiled(x: Tensor, pieces: Sequence[Piece]) -> Path_:
 
 def measure(kernel: Kernel, shape: Shape, n_tokens: int, n_rounds: int, inductor: bool) -> list[dict[str, Any]]:
     """A row per dtype and path, all of them and the read loop taking turns in every round."""
-    read = torch.ones(_READ_BYTES if shape.size > 1 << 20 else 1 << 20, dtype=torch.uint8)
+    read = large_pages(torch.empty(_READ_BYTES if shape.size > 1 << 20 else 1 << 20, dtype=torch.uint8)).fill_(1)
     cases: list[tuple[str, str, int, Path_]] = []
     for name in _DTYPES:
         weights = Weights(shape, getattr(torch, name))
