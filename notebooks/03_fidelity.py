@@ -17,7 +17,7 @@
 #
 # `python -m experiments.fidelity` ran a few dozen plans of two small models for real: every policy's plan, the
 # best that the search finds and some drawn at random, in three cells of workload and device memory. All plans took
-# turns, in ten visits, with models loaded anew, and so did the rounds of a calibration. The measured
+# turns, in twelve visits, with models loaded anew, and so did the rounds of a calibration. The measured
 # timelines are committed; the simulator that replays them below is the one of this checkout.
 #
 # The machine has two cores and no GPU, so the device is **emulated** (the second core computes, a thread copies

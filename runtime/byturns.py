@@ -30,7 +30,7 @@ def measure_by_turns(model: PlannedModel, busy: PlannedModel, past: Sequence[int
     How much longer attention takes on the device after a change is relative to `busy`, which never leaves it.
     """
     spec, device = model.executor.spec, model.executor.device
-    cases: list[Case[_Key]] = [partial(_decode, model, busy, p) for p in past]
+    cases: list[Case[_Key]] = [partial(_decode, model, busy, p, p == min(past)) for p in past]
     times = yield from in_rounds(cases, effort)
     rows: dict[Op, dict[Work, list[list[float]]]] = defaultdict(dict)
     moved_s: dict[str, list[float]] = {}
@@ -44,11 +44,11 @@ def measure_by_turns(model: PlannedModel, busy: PlannedModel, past: Sequence[int
     return Part(tuple(curves), moves=tuple(_move(place, moved_s) for place in places))
 
 
-def _decode(model: PlannedModel, busy: PlannedModel, past: int) -> Iterator[tuple[_Key, float]]:
-    """A generation: times of one token on the CPU; where it begins with an empty cache, what changes of place take."""
+def _decode(model: PlannedModel, busy: PlannedModel, past: int, with_moves: bool) -> Iterator[tuple[_Key, float]]:
+    """A generation: times of one token on the CPU; and if so asked, what its ends and changes of place take."""
     spec, timeline = model.executor.spec, generate(model, past)
     yield from ((apart(work), s) for work, s in decode_attention(spec, timeline, past, "CPU"))
-    if past:
+    if not with_moves:
         return
     yield from ((apart(work), s) for work, s in ends_times(spec, timeline, ("embed", "head")))
     usual_s = [s.duration_s for step in settled(generate(busy)) for s in step.spans if s.kind == "attn" and s.layer > 0]

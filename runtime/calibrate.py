@@ -20,6 +20,7 @@ variants   MLP parts on the CPU with other numbers of threads, and in other type
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -63,7 +64,7 @@ _PINNED_BYTES = tuple(1 << i for i in (14, 16, 18, 19, 20, 22, 24, 26))
 _PAGEABLE_BYTES = tuple(1 << i for i in (14, 16, 18, 20, 22, 24))
 SETS: tuple[tuple[Resource, ...], ...] = (("CPU", "GPU"), ("CPU", "H2D"), ("GPU", "H2D"), ("CPU", "GPU", "H2D"))
 """Resources that are measured working together."""
-_VARIANT_TOKENS = (1, 2, 4, 6, 8, 16, 32, 64, 128, 256)
+_VARIANT_TOKENS = (1, 2, 4, 6, 7, 8, 16, 32, 64, 128, 256)
 _COMPUTING_TOKENS = 64  # far beyond the ridge of a CPU: some 10 tokens
 
 
@@ -72,7 +73,7 @@ class Extent:
     """What is measured and how long: tokens of a step, tokens in the cache before it, rounds, seconds of a pass.
 
     slice_s is how long a set of resources works together in a round. Of several passes the mean counts; there are
-    more, up to most_passes, while its standard error is above KNOWN_SHARE. counts_rounds: see Effort.
+    more, up to most_passes and nine minutes, while its standard error is above KNOWN_SHARE. counts_rounds: see Effort.
     """
 
     n_tokens: tuple[int, ...]
@@ -94,6 +95,7 @@ class Extent:
 # Kernels change from one token to the next up to 9: matrix-vector, tiles of 2, 4 and more rows, and from FEW_ROWS on
 # projections by other kernels.
 _FEW = (*range(1, FEW_ROWS + 2), 12, 16, 24, 32)
+_MOST_S = 560.0  # no further pass begins that would end later: a full calibration takes less than ten minutes
 KNOWN_SHARE = 0.02
 """Standard error of a curve's mean over passes that is small enough: two such calibrations differ by some 3 %."""
 QUICK = Extent((*_FEW, 64, 128, 256), (0, 256), 3, 20, 36.0, 0.08, False)
@@ -258,9 +260,11 @@ def _measure(job: _Job, kept: KeptParts, title: str, progress: bool) -> list[dic
             done = f"{len(found)} of {extent.passes * len(names)} parts and {n_rounds} rounds of others"
             tell(bar, f"going on: {done} were measured within the last hour")
         glance(bar)
+        began_s = time.monotonic()
         for own in keys:
             if len(passes) >= extent.passes:
-                if uncertainty(passes) <= KNOWN_SHARE:
+                with_another_s = (time.monotonic() - began_s) * (1 + 1 / len(passes))
+                if uncertainty(passes) <= KNOWN_SHARE or with_another_s > _MOST_S:
                     break
                 one_more(bar, extent.passes)
             with ExitStack() as stack:

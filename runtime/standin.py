@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from hwmodels.calibrate import handoffs, samples
 from hwmodels.profile import Curve, Resource
@@ -87,7 +88,7 @@ def measure_rest(
     spec = model.executor.spec
     kinds: frozenset[Kind] = BETWEEN_STEPS | _HEAD if place == "CPU" else _HEAD
     cases: list[Case[Work | str]] = [_pass_case(model, n, p, place) for n in n_tokens if n > 1 for p in past]
-    cases += [partial(_decode, model, p, place, kinds) for p in past]
+    cases += [partial(_decode, model, p, place, kinds if p == min(past) else None) for p in past]
     times = yield from in_rounds(cases, effort)
     rows: dict[Op, dict[Work, list[list[float]]]] = defaultdict(dict)
     for key, rounds in times.items():
@@ -112,12 +113,12 @@ def _pass_case(model: PlannedModel, n_tokens: int, past: int, place: Place) -> C
 
 
 def _decode(
-    model: PlannedModel, past: int, place: Place, kinds: Collection[Kind]
+    model: PlannedModel, past: int, place: Place, kinds: Collection[Kind] | None
 ) -> Iterator[tuple[Work | str, float]]:
-    """A generation: times of one token's attention parts; where it begins with an empty cache, of ends and delays."""
+    """A generation: times of one token's attention parts, and of ends of these kinds and delays, unless it is None."""
     timeline = generate(model, past)
     yield from decode_attention(model.executor.spec, timeline, past, place)
-    if not past:
+    if kinds is not None:
         yield from ends_times(model.executor.spec, timeline, kinds)
         yield from decode_delays(model, timeline)
 
@@ -182,11 +183,26 @@ def generate(model: PlannedModel, past: int = 0, n_steps: int = N_DECODE) -> Tim
 def _cache(model: PlannedModel, n_tokens: int) -> DynamicCache:
     """A cache that holds so many tokens, each layer's where its attention is."""
     cache, executor = DynamicCache(config=model.config), model.executor
+    if n_tokens and any(layer.attention.absorbed_pair_flops is not None for layer in executor.spec.layers):
+        return _continued(model, cache, n_tokens)
     for i, layer in enumerate(executor.spec.layers if n_tokens else ()):
         here = executor.device.torch_device if executor.plan.layers[i].rest == "GPU" else torch.device("cpu")
         shape = (1, layer.attention.n_kv_heads, n_tokens, layer.attention.head_dim)
         keys = torch.zeros(shape, dtype=getattr(torch, executor.spec.dtype), device=here)
         cache.update(keys, keys.clone(), i)
+    return cache
+
+
+def _continued(model: PlannedModel, cache: DynamicCache, n_tokens: int) -> DynamicCache:
+    """The same of latent attention: what of it is cached differs between versions of transformers, a token shows it."""
+    with torch.no_grad():
+        model(torch.zeros((1, 1), dtype=torch.int64, device=model.device), past_key_values=cache, use_cache=True)
+    for i, layer in enumerate(cache.layers):
+        assert isinstance(layer, CacheLayerMixin)
+        assert layer.keys is not None
+        assert layer.values is not None
+        keys, values = (t.new_zeros((*t.shape[:2], n_tokens - 1, t.shape[3])) for t in (layer.keys, layer.values))
+        cache.update(keys, values, i)
     return cache
 
 
@@ -235,7 +251,7 @@ def _overlapped_case(model: PlannedModel, n_tokens: int) -> Case[_Found]:
 
 
 def decode_delays(model: PlannedModel, timeline: Timeline) -> Iterator[tuple[str, float]]:
-    """Delays of the decode steps of a generation that has just run with an empty cache, the first one left out."""
+    """Delays of the decode steps of a generation that has just run, the first one left out."""
     trace, executor = model.last_routing, model.executor
     assert trace is not None
     for own in settled(timeline):

@@ -171,3 +171,12 @@ def test_what_is_calibrated_computes_on_the_threads_that_runs_have(
     finally:
         torch.set_num_threads(n_threads)
         device.close()
+
+
+def test_tasks_of_half_a_pool_take_one_half_and_then_the_other(tiny_checkpoint: TinyCheckpoint) -> None:
+    device = EmulatedDevice(1 << 30)
+    bench = MicroBench(spec_of(tiny_checkpoint("llama")), device, silu)
+    half = bench.host.numel() // 2
+    taken = [bench._unread(bench.host, half).storage_offset() for _ in range(4)]
+    device.close()
+    assert taken == [0, half, 0, half]

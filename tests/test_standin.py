@@ -1,0 +1,60 @@
+"""Stand-ins of every family generate over a past of any length, and what calibration reads from them is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from hwmodels.work import APART
+from runtime.byturns import measure_by_turns
+from runtime.rounds import Effort, finish
+from runtime.session import PlannedModel
+from runtime.standin import StandIn, built, forward, generate, measure_rest, settled
+from runtime.synthetic import shrunk
+from sim.plan import Place
+from tests.tiny import FAMILIES, tiny_config
+
+ONCE = Effort(1, 1, 1.0)
+
+
+def config_of(family: str, **changes: Any) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(tiny_config(family, **changes).to_json_string(use_diff=False))
+    return {**config, "dtype": "float32"}
+
+
+@contextmanager
+def stand_in(config: dict[str, Any], place: Place = "GPU", by_turns: bool = False) -> Iterator[PlannedModel]:
+    with built(StandIn(config, place, 1.0, 0.0, 80, "emulated", 1 << 30, 1, True, by_turns)) as model:
+        yield model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("place", ["CPU", "GPU"])
+def test_every_family_goes_on_from_a_past_that_it_did_not_compute(family: str, place: Place) -> None:
+    with stand_in(config_of(family), place) as model:
+        n_layers = model.executor.spec.n_layers
+        for step in settled(generate(model, 40)):
+            assert [s.layer for s in step.spans if s.kind == "attn" and s.resource == place] == list(range(n_layers))
+        timeline, _ = forward(model, 4, 40)
+        assert {s.layer for s in timeline.spans if s.kind == "attn"} == set(range(n_layers))
+
+
+def test_without_an_empty_past_ends_hand_offs_and_changes_of_place_are_measured_too() -> None:
+    config = config_of("llama")
+    with stand_in(config) as busy, stand_in(config, by_turns=True) as by_turns:
+        part = finish(measure_by_turns(by_turns, busy, (24, 40), ONCE))
+        assert {c.op for c in part.curves} == set(APART.values())
+        assert {move.to for move in part.moves} == {"CPU", "GPU"}
+        assert {"attn", "head"} <= {c.op for c in finish(measure_rest(busy, "GPU", (1,), (24,), ONCE)).curves}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen2_moe"])
+def test_a_model_of_one_layer_is_stood_for_by_two(family: str) -> None:
+    small = shrunk(config_of(family, num_hidden_layers=1), 1 << 20, 1 << 20)
+    with stand_in(small) as model:
+        assert model.executor.spec.n_layers == 2
+        assert len(settled(generate(model))) > 0
