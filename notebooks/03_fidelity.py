@@ -216,10 +216,10 @@ for label, prefix in (("with contention", "simulated_"), ("without", "isolated_"
 
 # %% [markdown]
 # **Takeaway.** Whoever runs the plan predicted best gives away nothing in any of six cells of workload and
-# memory, and all but one of 585 pairs of plans that differ by more than the noise are in their order: that is
-# what a simulator is for. Steps miss by 6 % in the median, throughput and the first token by 4, where the machine
-# itself repeats them within 4, 3 and 3: a neighbour on the same physical cores slowed them before and after three
-# of four runs. That is why the calibration has to see the same minutes; what a user is told by a calibration
-# before is right within 7 % of a generation's time in the median, 19 % for nine in ten. What is left is not only
-# noise: decode is 6 % too fast on average, all of it in small work (attention, head, sent parts) of plans that
-# use the device, and not explained. `experiments/LOG.md` has the story.
+# memory, and 594 of 598 pairs of plans that differ by more than the noise are in their order: that is what a
+# simulator is for. Steps miss by 6 % in the median, throughput by 3 and the first token by 4, where the machine
+# itself repeats them within 5, 4 and 3: a neighbour on the same physical cores slowed them before and after three
+# of five runs. That is why the calibration has to see the same minutes; what a user is told by a calibration
+# before is right within 5 % of a generation's time in the median, 12 % for nine in ten. What is left is not only
+# noise: decode is 6 % too fast in the median, 8 to 12 % in the Llama's plans that share layers between CPU and
+# device, and not explained. `experiments/LOG.md` has the story.
