@@ -5,7 +5,7 @@
 //
 // Sums are float32 from weights to y, which is rounded once. Activations h are float32, or bfloat16 where the CPU
 // multiplies bfloat16.
-#include <cstring>
+#include <algorithm>
 #include <vector>
 
 #include "rows.h"
@@ -112,7 +112,7 @@ void down(void* context, int64_t index) {
   const int64_t first = index * call.at_once, left = call.D - first;
   const int64_t n = left < call.at_once ? left : call.at_once;
   float* sums = call.sums + call.S * first;
-  memset(sums, 0, size_t(call.S * n) * sizeof(float));
+  std::fill_n(sums, call.S * n, 0.0f);  // of no tokens there is no memory
   for (size_t e = 0; e < call.parts.size(); e++) {
     const Part &part = call.parts[e], &then = call.parts[(e + 1) % call.parts.size()];
     const int64_t row = e + 1 < call.parts.size() ? first : first + call.n_threads * call.at_once;
