@@ -95,7 +95,7 @@ class Extent:
 # Kernels change from one token to the next up to 9: matrix-vector, tiles of 2, 4 and more rows, and from FEW_ROWS on
 # projections by other kernels.
 _FEW = (*range(1, FEW_ROWS + 2), 12, 16, 24, 32)
-_MOST_S = 560.0  # no further pass begins that would end later: a full calibration takes less than ten minutes
+_MOST_S = 560.0  # beyond its least passes a calibration begins none that would end later: ten minutes with all else
 KNOWN_SHARE = 0.02
 """Standard error of a curve's mean over passes that is small enough: two such calibrations differ by some 3 %."""
 QUICK = Extent((*_FEW, 64, 128, 256), (0, 256), 3, 20, 36.0, 0.08, False)
@@ -173,7 +173,7 @@ def calibrate(
 ) -> HardwareProfile:
     """Measure this machine for the shapes of a checkpoint's config (None: a small Llama's).
 
-    Takes under a minute with quick and some five without, of three passes; up to five passes while they differ, and
+    Takes under a minute with quick and some five without, of three passes; up to ten, of five, while they differ, and
     longer for layers that take the machine seconds. extent overrules quick. dtype is the config's unless given. What
     makes the numbers doubtful, above all a busy machine, stands in the profile's notes. Interrupted, it goes on where
     it was if called again within an hour. Raises ModelError for a config that is not supported, PlanError for a
