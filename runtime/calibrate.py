@@ -40,6 +40,7 @@ from runtime.adapter import Adapter
 from runtime.alongside import Alongside
 from runtime.byturns import measure_by_turns
 from runtime.capacity import check_free, device_bytes, host_bytes, software
+from runtime.changes import beside_changes
 from runtime.checkpoint import read_config
 from runtime.coldstart import WAITING, measure_cold
 from runtime.devices import device_name, open_device
@@ -64,7 +65,7 @@ _PINNED_BYTES = tuple(1 << i for i in (14, 16, 18, 19, 20, 22, 24, 26))
 _PAGEABLE_BYTES = tuple(1 << i for i in (14, 16, 18, 20, 22, 24))
 SETS: tuple[tuple[Resource, ...], ...] = (("CPU", "GPU"), ("CPU", "H2D"), ("GPU", "H2D"), ("CPU", "GPU", "H2D"))
 """Resources that are measured working together."""
-_VARIANT_TOKENS = (1, 2, 4, 6, 7, 8, 16, 32, 64, 128, 256)
+_VARIANT_TOKENS = (1, 2, 4, 6, 7, 8, 12, 16, 24, 32, 64, 128, 256)
 _COMPUTING_TOKENS = 64  # far beyond the ridge of a CPU: some 10 tokens
 
 
@@ -212,7 +213,8 @@ def _job(folder: Path | None, device: str, cpu_threads: int | None, dtype: str, 
     spec, device = Adapter.of(config, name).spec, device_name(device)
     stand_in = from_config(shrunk(config, _READ_BYTES, _STAND_IN_BYTES), name)
     check_free(_N_STAND_INS * stand_in.weight_bytes + _N_POOLS * pool_bytes(spec), f"calibrating for {name}")
-    return _Job(spec, config, device, device_bytes(device), cpu_threads, _within(extent, spec))
+    own = replace(extent, n_tokens=beside_changes(extent.n_tokens, spec.dtype))
+    return _Job(spec, config, device, device_bytes(device), cpu_threads, _within(own, spec))
 
 
 def _profile(job: _Job, parts: Mapping[str, Part]) -> HardwareProfile:
@@ -343,11 +345,13 @@ def _variants(rig: _Rig, effort: Effort) -> Measuring:
     curves: list[Curve] = []
     for n in threads:
         with job.bench(cpu_threads=n) as bench:
-            curves += yield from bench.ffn_curves(("CPU",), _VARIANT_TOKENS, (bench.columns,), share)
+            n_tokens = beside_changes(_VARIANT_TOKENS, job.spec.dtype)
+            curves += yield from bench.ffn_curves(("CPU",), n_tokens, (bench.columns,), share)
     for dtype in dtypes:
         with job.bench(dtype=dtype) as bench:
             columns = bench.columns // 2, bench.columns
-            curves += yield from bench.ffn_curves(("CPU", "GPU"), _VARIANT_TOKENS, columns, share)
+            n_tokens = beside_changes(_VARIANT_TOKENS, dtype)
+            curves += yield from bench.ffn_curves(("CPU", "GPU"), n_tokens, columns, share)
     return Part(tuple(curves))
 
 
