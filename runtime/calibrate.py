@@ -100,7 +100,7 @@ _FEW = (*range(1, FEW_ROWS + 2), 12, 16, 24, 32)
 _MOST_S = 560.0  # beyond its least passes a calibration begins none that would end later: ten minutes with all else
 KNOWN_SHARE = 0.02
 """Standard error of a curve's mean over passes that is small enough: two such calibrations differ by some 3 %."""
-QUICK = Extent((*_FEW, 64, 128, 256), (0, 256), 3, 20, 36.0, 0.08, False)
+QUICK = Extent((*_FEW, 64, 128, 256), (0, 256), 3, 20, 34.0, 0.08, False)
 FULL = Extent((*_FEW, 48, 64, 96, 128, 192, 256, 512), (0, 128, 256, 512, 2048), 3, 60, 60.0, 0.25, True, 3, 5)
 ALONGSIDE = replace(QUICK, least=12, most=1000, seconds=300.0, counts_rounds=True)
 """For a calibration beside some minutes of runs."""

@@ -164,7 +164,8 @@ class MicroBench:
         self, pinned_sizes: Sequence[int], pageable_sizes: Sequence[int], effort: Effort
     ) -> InRounds[list[Curve]]:
         """Times of copies of several sizes to and from the device, from page-locked and ordinary host memory."""
-        ordinary = fill_small(torch.empty_like(self.host, device="cpu"))
+        n_ordinary = min(self.host.numel(), _POOL_BYTES // self.dtype.itemsize)  # a link is slower than a cache
+        ordinary = fill_small(torch.empty(n_ordinary, dtype=self.dtype))
         cases = []
         for pinned, sizes in ((True, pinned_sizes), (False, pageable_sizes)):
             for resource in LINKS:
