@@ -40,6 +40,7 @@ from runtime.adapter import Adapter
 from runtime.alongside import Alongside
 from runtime.byturns import measure_by_turns
 from runtime.capacity import check_free, device_bytes, host_bytes, software
+from runtime.changes import beside_changes
 from runtime.checkpoint import read_config
 from runtime.coldstart import WAITING, measure_cold
 from runtime.devices import device_name, open_device
@@ -55,16 +56,17 @@ from sim.model import ModelSpec, from_config
 from sim.plan import Place
 
 # Of a model that stands for the real one. What a token reads: several times the cache that cores share (32 to 96 MB);
-# with less it finds weights there that a real model's other layers drive out. What it holds: mostly experts that a
+# with less it finds weights there that a real model's other layers drive out (a virtual machine that is told of 480 MB
+# has some 100 of them: with 160 MB attention is 1 % faster than with 450). What it holds: mostly experts that a
 # token does not meet. No more of either: a round over all points of attention takes as long as there are layers, and
 # few rounds tell a machine's speed badly. With 6 layers two in turns, of 4 rounds, differed by 8 to 14 % in attention.
 _READ_BYTES, _STAND_IN_BYTES = 160 << 20, 448 << 20
 _N_STAND_INS, _N_POOLS = 8, 3  # open at once: of _PARTS all that have one, and what MicroBench holds
 _PINNED_BYTES = tuple(1 << i for i in (14, 16, 18, 19, 20, 22, 24, 26))
-_PAGEABLE_BYTES = tuple(1 << i for i in (14, 16, 18, 20, 22, 24))
+_PAGEABLE_BYTES = tuple(1 << i for i in (14, 15, 16, 17, 18, 20, 22, 24))
 SETS: tuple[tuple[Resource, ...], ...] = (("CPU", "GPU"), ("CPU", "H2D"), ("GPU", "H2D"), ("CPU", "GPU", "H2D"))
 """Resources that are measured working together."""
-_VARIANT_TOKENS = (1, 2, 4, 6, 7, 8, 16, 32, 64, 128, 256)
+_VARIANT_TOKENS = (1, 2, 4, 6, 7, 8, 12, 16, 24, 32, 64, 128, 256)
 _COMPUTING_TOKENS = 64  # far beyond the ridge of a CPU: some 10 tokens
 
 
@@ -98,7 +100,7 @@ _FEW = (*range(1, FEW_ROWS + 2), 12, 16, 24, 32)
 _MOST_S = 560.0  # beyond its least passes a calibration begins none that would end later: ten minutes with all else
 KNOWN_SHARE = 0.02
 """Standard error of a curve's mean over passes that is small enough: two such calibrations differ by some 3 %."""
-QUICK = Extent((*_FEW, 64, 128, 256), (0, 256), 3, 20, 36.0, 0.08, False)
+QUICK = Extent((*_FEW, 64, 128, 256), (0, 256), 3, 20, 34.0, 0.08, False)
 FULL = Extent((*_FEW, 48, 64, 96, 128, 192, 256, 512), (0, 128, 256, 512, 2048), 3, 60, 60.0, 0.25, True, 3, 5)
 ALONGSIDE = replace(QUICK, least=12, most=1000, seconds=300.0, counts_rounds=True)
 """For a calibration beside some minutes of runs."""
@@ -212,7 +214,8 @@ def _job(folder: Path | None, device: str, cpu_threads: int | None, dtype: str, 
     spec, device = Adapter.of(config, name).spec, device_name(device)
     stand_in = from_config(shrunk(config, _READ_BYTES, _STAND_IN_BYTES), name)
     check_free(_N_STAND_INS * stand_in.weight_bytes + _N_POOLS * pool_bytes(spec), f"calibrating for {name}")
-    return _Job(spec, config, device, device_bytes(device), cpu_threads, _within(extent, spec))
+    own = replace(extent, n_tokens=beside_changes(extent.n_tokens, spec.dtype))
+    return _Job(spec, config, device, device_bytes(device), cpu_threads, _within(own, spec))
 
 
 def _profile(job: _Job, parts: Mapping[str, Part]) -> HardwareProfile:
@@ -343,11 +346,13 @@ def _variants(rig: _Rig, effort: Effort) -> Measuring:
     curves: list[Curve] = []
     for n in threads:
         with job.bench(cpu_threads=n) as bench:
-            curves += yield from bench.ffn_curves(("CPU",), _VARIANT_TOKENS, (bench.columns,), share)
+            n_tokens = beside_changes(_VARIANT_TOKENS, job.spec.dtype)
+            curves += yield from bench.ffn_curves(("CPU",), n_tokens, (bench.columns,), share)
     for dtype in dtypes:
         with job.bench(dtype=dtype) as bench:
             columns = bench.columns // 2, bench.columns
-            curves += yield from bench.ffn_curves(("CPU", "GPU"), _VARIANT_TOKENS, columns, share)
+            n_tokens = beside_changes(_VARIANT_TOKENS, dtype)
+            curves += yield from bench.ffn_curves(("CPU", "GPU"), n_tokens, columns, share)
     return Part(tuple(curves))
 
 

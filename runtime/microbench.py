@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hwmodels import work
 from hwmodels.calibrate import contention, samples
+from hwmodels.machine import cache_bytes, read_machine
 from hwmodels.profile import COMPUTERS, Contention, Curve, Resource
 from hwmodels.work import Work
 from runtime.devices.base import Body, Device
@@ -31,7 +32,10 @@ from sim.model import ModelSpec
 NextBody = Callable[[], Body]
 """Makes the body of a measurement's next task: each touches other weights than those before, of whatever case."""
 
-_POOL_BYTES = 192 << 20  # several times any cache: weights must come from memory
+# Of weights, which must come from memory: several times the caches of most machines, and no less than those that tell
+# of more hold, if memory has so much to spare. Two pools of so many are read by turns.
+_POOL_BYTES = 192 << 20
+_SPARE_SHARE = 1 / 32
 _LONG_S = 3e-3  # a task that long needs no other before it to warm up
 _LOAD_COPY_BYTES = 4 << 20
 _LOAD_FLOPS = 2e9  # a task in some 10 ms on one core: short beside the time that sets work together
@@ -45,7 +49,8 @@ _KIND: dict[Resource, Kind] = {"CPU": "cc", "GPU": "gg", "H2D": "send", "D2H": "
 def pool_bytes(spec: ModelSpec) -> int:
     """Bytes of weights of which every task takes others; a bench has up to three such pools."""
     one = max(3 * spec.d_model * layer.ffn.columns for layer in spec.layers)
-    return max(_POOL_BYTES, 2 * one * spec.dtype_bytes)
+    cached = min(cache_bytes(), int(read_machine().ram_bytes * _SPARE_SHARE))
+    return max(_POOL_BYTES, cached, 2 * one * spec.dtype_bytes)
 
 
 class MicroBench:
@@ -159,7 +164,8 @@ class MicroBench:
         self, pinned_sizes: Sequence[int], pageable_sizes: Sequence[int], effort: Effort
     ) -> InRounds[list[Curve]]:
         """Times of copies of several sizes to and from the device, from page-locked and ordinary host memory."""
-        ordinary = fill_small(torch.empty_like(self.host, device="cpu"))
+        n_ordinary = min(self.host.numel(), _POOL_BYTES // self.dtype.itemsize)  # a link is slower than a cache
+        ordinary = fill_small(torch.empty(n_ordinary, dtype=self.dtype))
         cases = []
         for pinned, sizes in ((True, pinned_sizes), (False, pageable_sizes)):
             for resource in LINKS:

@@ -102,7 +102,7 @@ class PlannedModel(BoundModel):  # type: ignore[no-untyped-call]
         self.check_here()
         kwargs.setdefault("disable_compile", True)  # the executor cannot be traced
         executor = self.executor
-        if executor.plan.chunk_tokens is not None and kwargs.get("use_cache", True):
+        if executor.plan.chunk_tokens is not None and self._uses_cache(kwargs):
             kwargs.setdefault("prefill_chunk_size", executor.plan.chunk_tokens)
         with executor.device.driving():
             executor.begin_run()
@@ -110,6 +110,11 @@ class PlannedModel(BoundModel):  # type: ignore[no-untyped-call]
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
             finally:
                 self.last_timeline, self.last_routing = executor.end_run(run_info(executor))
+
+    def _uses_cache(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call of generate does: a prompt is not fed in chunks without one."""
+        config = kwargs.get("generation_config") or self.generation_config
+        return kwargs.get("use_cache", config.use_cache) is not False
 
     def _prefill(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' own, which cuts the prompt: its steps are the prompt's, whatever their number."""
@@ -210,6 +215,9 @@ def assemble(folder: Path, spec: ModelSpec, plan: Plan, device: Device, fill: Fi
         planned.executor = Executor(spec, plan, device, store, ACT2FN[model.config.hidden_act])
         planned.device_memory = need
         planned.last_timeline, planned.last_routing = None, None
+        # Training with gradient checkpointing leaves "use_cache": false in configs; a plan is of steps over a cache.
+        # Who asks for none, in a call or in generation_config, gets none.
+        planned.generation_config.use_cache = True
         use_projections(model)
         planned.executor.knows_attention = use_steps(model)
         attach(planned, planned.executor)

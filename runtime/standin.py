@@ -216,10 +216,13 @@ def measure_overlapped(model: PlannedModel, n_tokens: Sequence[int], effort: Eff
     """Hand-offs of decode and what lies between its steps, activation copies and joins of passes of n_tokens.
 
     All of an overlapping plan: where the device waits for nothing, its calls between steps are 5 to 30 % faster.
-    Of n_tokens only powers of two are run: nothing here changes from one token to the next.
+    Of n_tokens only powers of two are run: nothing here changes from one token to the next. From 32 on also what lies
+    between them: partial results leave one cache after the other there, and joins bend.
     """
     spec = model.executor.spec
-    cases: list[Case[_Found]] = [_overlapped_case(model, n) for n in n_tokens if n & (n - 1) == 0]
+    powers = [n for n in n_tokens if n & (n - 1) == 0]
+    between = [n * 3 // 2 for n in powers if 32 <= n < max(powers)]
+    cases: list[Case[_Found]] = [_overlapped_case(model, n) for n in sorted(powers + between)]
     times = yield from in_rounds([*cases, lambda: _between_steps(model)], effort)
     delays_s = {key: flat(rounds) for key, rounds in times.items() if isinstance(key, str)}
     rows: dict[tuple[Resource, Op], dict[Work, list[list[float]]]] = defaultdict(dict)

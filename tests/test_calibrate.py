@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,9 +33,10 @@ from hwmodels.load import LoadMeter
 from hwmodels.profile import Cold, Contention, Curve, HardwareProfile, Repeats, Sample, load_profile
 from hwmodels.work import Work
 from runtime import calibrate as calibration
-from runtime import rounds, turns
+from runtime import native, rounds, turns
 from runtime.byturns import moves
 from runtime.calibrate import FULL, SMOKE, calibrate
+from runtime.changes import beside_changes
 from runtime.coldstart import attention
 from runtime.resume import KeptParts, Timed
 from runtime.rounds import Effort, Measuring, finish, in_rounds
@@ -54,6 +56,16 @@ def curve(times_s: dict[float, float], op: work.Op = "ffn") -> Curve:
 def yardstick(gigabytes_per_s: float) -> Part:
     sample = Sample(1, 0.0, 0.0, 1e9, 1 / gigabytes_per_s, 0.0, 5)
     return Part((Curve("CPU", "stream_read", "float32", 1, "measured", (sample,)),))
+
+
+# -- points -------------------------------------------------------------------------------------------
+
+
+def test_both_sides_of_a_change_of_kernel_are_measured(monkeypatch):
+    monkeypatch.setattr(native, "leaves_to_torch", lambda dtype, n_rows: dtype is torch.bfloat16 and n_rows >= 40)
+    assert beside_changes((1, 16, 64), "float32") == (1, 16, 24, 25, 64)
+    assert beside_changes((1, 16, 64), "bfloat16") == (1, 16, 24, 25, 39, 40, 64)
+    assert beside_changes((1, 4, 16), "bfloat16") == (1, 4, 16)
 
 
 # -- repeats ------------------------------------------------------------------------------------------

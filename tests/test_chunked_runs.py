@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 from hwmodels.errors import PlanError
 from runtime.measure import measure
@@ -93,3 +94,19 @@ def test_a_user_may_cut_a_prompt_that_the_plan_feeds_whole(tiny_checkpoint):
         assert model.last_timeline is not None
         assert model.last_timeline.steps == ("prefill", "prefill1", "decode1", "decode2")
         assert greedy(model, tokens(9), 3) == whole
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_checkpoint_that_training_left_without_a_cache_generates_with_one(chunk, tiny_checkpoint):
+    folder, asked = tiny_checkpoint("llama", use_cache=False), {"max_new_tokens": N_GEN, "do_sample": False}
+    plan = replace(three_ways(spec_of(folder)), chunk_tokens=chunk)
+    with loaded(folder, plan) as model:
+        (run,) = measure(model, tokens(9)[0].tolist(), N_GEN, repetitions=1)
+        assert run.timeline.steps == tuple(step.name for step in Workload(9, N_GEN).steps(chunk))
+        mlps = [s for s in run.timeline.spans if s.kind in ("cc", "gg", "cg") and s.layer == 0]
+        assert len({sum(s.flops for s in mlps if s.step == f"decode{i}") for i in range(1, N_GEN)}) == 1
+        cached = model.generate(tokens(9), pad_token_id=0, **asked).tolist()
+        assert cached == model.generate(tokens(9), pad_token_id=0, use_cache=False, **asked).tolist()
+        own = GenerationConfig(use_cache=False, pad_token_id=0, **asked)
+        assert cached == model.generate(tokens(9), generation_config=own).tolist()
+        assert cached == eager(folder).generate(tokens(9), pad_token_id=0, **asked).tolist()

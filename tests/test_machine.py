@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from hwmodels.machine import Machine, differences, findings, fingerprint, memory_modules, read_machine
+from hwmodels.machine import Machine, cache_bytes, differences, findings, fingerprint, memory_modules, read_machine
 
 GOOD = Machine(
     cpu="Made Up 9000",
@@ -29,6 +31,21 @@ def test_this_machine_can_be_read():
     assert 1 <= here.n_cores <= here.n_threads
     assert 0 < here.free_bytes <= here.ram_bytes
     assert all(isinstance(value, str) and value for value in fingerprint().values())
+
+
+def test_a_cache_that_cores_share_counts_once(tmp_path: Path):
+    assert cache_bytes(tmp_path) == 0
+    cpus = sorted(os.sched_getaffinity(0))
+    for cpu in cpus:
+        shared = ",".join(map(str, cpus))
+        for index, (level, size, sharers) in enumerate(
+            [("1", "48K", cpu), ("2", "2048K", cpu), ("3", "32768K", shared)]
+        ):
+            folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{index}"
+            folder.mkdir(parents=True)
+            for name, text in (("level", level), ("size", size), ("shared_cpu_list", sharers)):
+                (folder / name).write_text(f"{text}\n", encoding="ascii")
+    assert cache_bytes(tmp_path) == 32 << 20
 
 
 def test_a_machine_is_no_different_from_itself():

@@ -52,6 +52,14 @@ def test_without_an_empty_past_ends_hand_offs_and_changes_of_place_are_measured_
         assert {"attn", "head"} <= {c.op for c in finish(measure_rest(busy, "GPU", (1,), (24,), ONCE)).curves}
 
 
+def test_a_config_that_says_no_cache_is_timed_with_one() -> None:
+    with stand_in(config_of("llama", use_cache=False)) as model, stand_in(config_of("llama")) as usual:
+        own, others = (
+            [(s.kind, s.flops, s.bytes) for s in generate(m, 40).step("decode3").spans] for m in (model, usual)
+        )
+        assert own == others
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen2_moe"])
 def test_a_model_of_one_layer_is_stood_for_by_two(family: str) -> None:
     small = shrunk(config_of(family, num_hidden_layers=1), 1 << 20, 1 << 20)
