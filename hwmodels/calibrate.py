@@ -185,15 +185,16 @@ def contention(
 ) -> Contention:
     """Rates of resources working together: time alone over time together, at most 1; work of `computing` computes.
 
-    Times by resource, one per round; the rate is the median over rounds, so that what drifts between
-    rounds cancels.
+    Mean times by resource, one per round, set against each other within a round, so that what drifts between rounds
+    cancels. The rate is the mean over rounds, a tenth at either end left out: threads that share a core take turns,
+    and a median tells of one that had it.
     """
     active = tuple(name for name in RESOURCES if name in together_s)
     shares = {
         str(name): [alone / together for alone, together in zip(alone_s[name], together_s[name], strict=True)]
         for name in active
     }
-    rate = {name: max(0.01, min(1.0, statistics.median(found))) for name, found in shares.items()}
+    rate = {name: max(0.01, min(1.0, trimmed_mean(found))) for name, found in shares.items()}
     return Contention(active, rate, "measured", {name: repeats(found) for name, found in shares.items()}, computing)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 Op = Literal[
@@ -63,6 +64,9 @@ APART: dict[Op, Op] = {"attn": "attn_apart", "head": "head_apart", "embed": "emb
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+_once = lru_cache(maxsize=4096)  # steps repeat themselves, and asking is faster than making
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """One operation's demand.
@@ -91,6 +95,7 @@ class Work:
         return self.flops / self.bytes if self.bytes else 0.0
 
 
+@_once
 def ffn(n_tokens: int, d_model: int, columns: int, dtype: str, n_matrices: int = 3) -> Work:
     """Work of `columns` of an MLP's intermediate dimension for `n_tokens` rows.
 
@@ -114,11 +119,13 @@ def ffn(n_tokens: int, d_model: int, columns: int, dtype: str, n_matrices: int =
     )
 
 
+@_once
 def copy(n_bytes: float, dtype: str, pinned: bool = True) -> Work:
     """Work of moving `n_bytes` between host and device memory."""
     return Work("pinned" if pinned else "pageable", dtype, 1, 0.0, 0.0, float(n_bytes))
 
 
+@_once
 def activations(n_bytes: float, dtype: str) -> Work:
     """Work of moving a step's activations, `n_bytes`, through page-locked buffers: right after what made them."""
     return Work("activations", dtype, 1, 0.0, 0.0, float(n_bytes))

@@ -159,14 +159,14 @@ class LayerBinding:
 
 
 def sending(device: Device, store: LayerStore, slots: Slots, task: Task, width: int, pinned: bool) -> Body:
-    """The body of a send task. What is sent ahead is the same in every step, so that its body is made once."""
-    key = (task.layer, task.slot, task.parts, device.takes_words)
+    """The body of a send task. What is sent is the same in many steps, so that its body is made once."""
+    key = (task.layer, task.slot, tuple((p.expert, p.start, p.stop) for p in task.parts), device.takes_words)
     kept = slots.kept.get(key)
     if kept is not None:
         slots.hold(task.slot, kept[1])
         return kept[0]
     body = device.copying(send_pairs(store, slots, task, width), pinned)
-    if len(slots.kept) < _MOST_KEPT and not any(part.n_tokens for part in task.parts):
+    if len(slots.kept) < _MOST_KEPT:
         slots.kept[key] = body, slots.held(task.slot)
     return body
 

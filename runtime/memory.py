@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -23,6 +23,8 @@ from sim.graph import Part
 from sim.memory import cache_slot_bytes, cache_slots, host_columns, slot_bytes
 from sim.model import ModelSpec
 from sim.plan import Plan, Tier
+
+_MOST_KEPT = 64  # an expert that a cache moves about is seen in every slot
 
 
 def cuts(columns: int, gg: int, sent: Sequence[int]) -> tuple[int, ...]:
@@ -39,6 +41,8 @@ class ExpertStore:
     cuts: tuple[int, ...]
     device: Tensor
     host: Tensor
+    _kept: dict[tuple[int, int, int], list[Piece]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Views made before, by address, start and stop: making one takes longer than waking a thread."""
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The pieces that make up columns [start, stop)."""
@@ -47,7 +51,7 @@ class ExpertStore:
 
     def resident(self) -> list[Piece]:
         """The GG piece."""
-        return [piece_views(self.device, self.d_model, self.gg)] if self.gg else []
+        return self.views(self.device, 0, self.gg) if self.gg else []
 
     def host_run(self, start: int, stop: int) -> Tensor:
         """The run of host memory that holds columns [start, stop)."""
@@ -56,9 +60,14 @@ class ExpertStore:
 
     def views(self, flat: Tensor, start: int, stop: int) -> list[Piece]:
         """The pieces of columns [start, stop) in a run of memory that begins with column `start`."""
-        width, found = 3 * self.d_model, []
-        for a, b in self.pieces(start, stop):
-            found.append(piece_views(flat[(a - start) * width : (b - start) * width], self.d_model, b - a))
+        key = flat.data_ptr(), start, stop
+        found = self._kept.get(key)
+        if found is None:
+            found, width = [], 3 * self.d_model
+            for a, b in self.pieces(start, stop):
+                found.append(piece_views(flat[(a - start) * width : (b - start) * width], self.d_model, b - a))
+            if len(self._kept) < _MOST_KEPT:
+                self._kept[key] = found
         return found
 
     def fill(self, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, after_each: Callable[[], object]) -> None:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle
-from statistics import median
+from statistics import fmean, median
 
 import torch
 from torch import Tensor
@@ -230,7 +230,7 @@ class MicroBench:
     def _together(
         self, active: Sequence[Resource], loads: Mapping[Resource, _Load], seconds: float
     ) -> dict[Resource, float]:
-        """Median task time of each resource while all of them are at work."""
+        """Mean task time of each resource while all of them are at work."""
         tasks: list[tuple[Task, Body]] = []
         for resource in active:
             demand, next_body, each_s = loads[resource]
@@ -244,7 +244,7 @@ class MicroBench:
         inside: dict[Resource, float] = {}
         for resource in active:
             whole = [e - s for s, e in spans[resource] if s >= first and e <= last]
-            inside[resource] = median(whole or [e - s for s, e in spans[resource]])
+            inside[resource] = fmean(whole or [e - s for s, e in spans[resource]])
         return inside
 
     def _load(self, resource: Resource, n_tokens: int) -> _Load:

@@ -136,7 +136,8 @@ class StepCompiler:
         if self.cache is not None and caches_layer(self.plan, self.spec, layer):
             use = self.cache.use(layer, self.tier, part.gg, columns, routing)
         split = dispatch(columns, part.gg, self.tier, layer, routing, use.experts)
-        split = replace(split, gg=split.gg + use.hits)
+        if use.hits:
+            split = replace(split, gg=split.gg + use.hits)
         issue = self._overlapping_mlp if self.tier.overlap else self._serial_mlp
         tasks = issue(layer, split, use.fetched)
         self._prev = tasks[-1].id

@@ -91,7 +91,7 @@ class EmulatedDevice:
         self._native = _native_queues(cores, self.cpu_threads)
         self._tickets: dict[str, Ticket] = {}
         self._awaits = False  # whether any of these was handed to a Python thread since all had ended
-        self._staging: dict[str, torch.Tensor] = {}
+        self._staging: dict[tuple[str, bool], tuple[torch.Tensor, torch.Tensor]] = {}
 
     # -- memory ---------------------------------------------------------------------------------------
 
@@ -107,12 +107,15 @@ class EmulatedDevice:
 
     def staging(self, like: torch.Tensor, name: str, on_host: bool) -> torch.Tensor:
         """A buffer for activations; host and device buffers are both memory of this process."""
-        key = f"{name}/{on_host}"
-        held = self._staging.get(key)
-        if held is None or held.numel() < like.numel() or held.dtype != like.dtype:
-            with torch.inference_mode(False):  # workers write to it, whatever mode the caller is in
-                held = self._staging[key] = torch.empty(like.numel(), dtype=like.dtype)
-        return held[: like.numel()].view(like.shape)
+        held, shaped = self._staging.get((name, on_host), (None, None))
+        if shaped is not None and shaped.shape == like.shape and shaped.dtype == like.dtype:
+            return shaped
+        with torch.inference_mode(False):  # workers write to it, whatever mode the caller is in
+            if held is None or held.numel() < like.numel() or held.dtype != like.dtype:
+                held = torch.empty(like.numel(), dtype=like.dtype)
+            shaped = held[: like.numel()].view(like.shape)
+        self._staging[name, on_host] = held, shaped
+        return shaped
 
     def peak_bytes(self) -> int:
         """Most bytes taken from the arena."""

@@ -42,7 +42,6 @@ void copy_past_caches(char* to, const char* from, int64_t n) {
   memcpy(to, from, size_t(head));
   int64_t at = head;
   for (; at + 64 <= n; at += 64) {
-    __builtin_prefetch(from + at + 2048, 0, 0);
     const __m128i* line = reinterpret_cast<const __m128i*>(from + at);
     __m128i* out = reinterpret_cast<__m128i*>(to + at);
     const __m128i a = _mm_loadu_si128(line), b = _mm_loadu_si128(line + 1);
