@@ -4,7 +4,8 @@ Compiled when the package is installed (hatch_build.py). SCHEINFER_KERNEL says w
 `auto` (the default) takes the native kernel for what it can compute and torch for the rest, `native` insists
 that it is there, `torch` never uses it. Sums are float32; between an MLP's products the values are float32, or
 bfloat16 on CPUs that multiply it, where torch rounds to the weights' dtype three times. A result depends neither on
-threads nor on other rows, but that such a CPU sums products of 96 rows and more in another order (panel.h).
+threads nor on other rows, but that such a CPU sums products of 96 rows and more in another order (panel.h), with AMX
+those of 8 rows and more (amx_bf16.cpp).
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from hwmodels.machine import Finding, read_machine
 from runtime.native.layer import ForwardWords, LayersWords, LayerWords
 
 LIBRARY = Path(__file__).with_name("libscheinfer.so")
-ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16")
-"""Instruction sets that the kernel is compiled for, the best last; AMX is not among them."""
+ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16", "AMX_BF16")
+"""Instruction sets that the kernel is compiled for, the best last; AMX if the compiler knows it."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE, _NOT_OURS = 11, 3
+_INTERFACE, _NOT_OURS = 12, 3
 MOST_WIDTH = 256
 """Of a head in attend_prompt."""
 _AMX_ROWS = 32  # as many as AMX computes in the time of one
@@ -65,7 +66,12 @@ class Kernel:
     @property
     def attends_prompts(self) -> bool:
         """Whether attend_prompt is there."""
-        return self.isa in ("AVX512", "AVX512_BF16")
+        return self.isa in ("AVX512", "AVX512_BF16", "AMX_BF16")
+
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        """Whether bfloat16 is multiplied as it is, so that prompts in it are as fast as the CPU allows."""
+        return self.isa in ("AVX512_BF16", "AMX_BF16")
 
     def mlp(self, x_SD: Tensor, experts: Iterable[Expert], act: int, isa: str | None = None) -> Tensor:
         """Sum over experts of their gated MLPs for their rows of x_SD, on threads() threads.

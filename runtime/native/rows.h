@@ -12,6 +12,7 @@ constexpr int64_t TOKENS_AT_ONCE = 240;  // their activations of one block of K 
 constexpr int64_t MANY = 96;             // tokens from which on dots_of_many is faster
 constexpr int64_t MANY_AT_ONCE = 512;    // of them
 constexpr int64_t MOST_ROWS = 64;        // of W in one item of work
+constexpr int64_t ENOUGH = 8;            // tokens from which on tiles are faster than rows
 
 struct Aligned {
   char* data = nullptr;
@@ -45,6 +46,10 @@ inline int64_t stride_of(int64_t n, int64_t bytes) { return up_to(n, PAD) * byte
 inline bool are_many(const Kernels* k, int64_t tokens) { return k->dots_of_many && tokens >= MANY; }
 inline auto dots_of(const Kernels* k, int64_t tokens) { return are_many(k, tokens) ? k->dots_of_many : k->dots; }
 
+inline bool by_tiles(const Kernels* k, int64_t tokens) { return k->tiles && tokens >= ENOUGH; }
+inline int64_t blocks_of(int64_t tokens) { return (tokens + SIDE - 1) / SIDE; }
+inline int64_t block_bytes(int64_t n) { return up_to(n, PAD) * SIDE * 2; }
+
 // Tokens in as few chunks as possible, of sizes as equal as possible; all of them many or none.
 struct Chunks {
   int64_t tokens, most;
@@ -76,6 +81,9 @@ void for_rows(int n_threads, int64_t n, int64_t width, const Work& work) {
       },
       &context);
 }
+
+// Whether CPU and system let this process multiply by tiles; asks for them.
+bool may_use_tiles();
 
 // Functions for a dtype of weights; null where this CPU lacks the instruction set or they were not compiled.
 const Kernels* kernels(int isa, int dtype);
