@@ -27,6 +27,7 @@ from runtime.ops import gated_mlp, piece_views, routed_mlp, torch_gated_mlp, tor
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MANY = 96  # rows from which on bfloat16 is summed in another order, see rows.h
+ENOUGH = 9  # from which on AMX multiplies them
 needs_compiler = pytest.mark.skipif(
     sys.platform != "linux" or not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler"
 )
@@ -76,7 +77,7 @@ def assert_near(y: Tensor, by_torch: Tensor, exact: Tensor) -> None:
     # Two roundings to the dtype, of h and of y, where torch has four and more; a float32 sum has its own.
     own, others = (y.double() - exact).abs().max(), (by_torch.double() - exact).abs().max()
     floor = 2 * torch.finfo(y.dtype).eps * max(1.0, float(exact.abs().max()))
-    assert own <= max(2 * float(others), floor), f"off by {own:.2e}, torch by {others:.2e}"
+    assert own <= max(3 * float(others), floor), f"off by {own:.2e}, torch by {others:.2e}"
 
 
 # -- exactness ----------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def assert_near(y: Tensor, by_torch: Tensor, exact: Tensor) -> None:
 @given(
     isa=st.sampled_from(ISAS),
     dtype=st.sampled_from(DTYPES),
-    n_rows=st.sampled_from((0, 1, 2, 3, 5, 6, 7, 13, 25, 64, 121, 250)),
+    n_rows=st.sampled_from((0, 1, 2, 3, 5, 6, 7, 8, 9, 13, 16, 17, 33, 64, 121, 250, 513)),
     d_model=st.integers(1, 150),
     columns=st.lists(st.integers(1, 90), min_size=1, max_size=3),
     seed=st.integers(0, 99),
@@ -107,7 +108,7 @@ def test_a_dense_part_is_as_near_to_float64_as_torch(isa, dtype, n_rows, d_model
 @given(
     isa=st.sampled_from(ISAS),
     dtype=st.sampled_from(DTYPES),
-    counts=st.lists(st.integers(0, 20), min_size=1, max_size=6),
+    counts=st.lists(st.sampled_from((0, 1, 2, 5, 8, 9, 12, 15, 16, 17, 33, 49)), min_size=1, max_size=6),
     d_model=st.integers(1, 100),
     columns=st.integers(1, 70),
     seed=st.integers(0, 99),
@@ -116,10 +117,10 @@ def test_experts_add_up_whatever_rows_they_have(isa, dtype, counts, d_model, col
     kernel = native.kernel()
     if isa not in kernel.isas:
         return
-    x, order = random_x(20, d_model, dtype, seed), torch.Generator().manual_seed(seed)
+    x, order = random_x(49, d_model, dtype, seed), torch.Generator().manual_seed(seed)
     experts = []
     for i, n in enumerate(counts):  # rows in any order, an expert may have none
-        rows = torch.randperm(20, generator=order)[:n]
+        rows = torch.randperm(49, generator=order)[:n]
         cut = min(columns, i * 13)
         pieces = [random_piece(d_model, c, dtype, seed + i + c) for c in (cut, columns - cut) if c]
         experts.append((rows, torch.rand(n, generator=order), pieces))
@@ -174,7 +175,9 @@ def test_bits_depend_neither_on_threads_nor_on_the_rest_of_the_batch(kernel, isa
         torch.set_num_threads(n_threads)
         results.append(kernel.mlp(x, [(None, None, pieces)], 0, isa))
     assert all(torch.equal(results[0], other) for other in results[1:])
-    for rows in ([7], [49, 0, 7]):
+    by_tiles = isa == "AMX_BF16" and dtype == torch.bfloat16  # 50 rows are, fewer than ENOUGH are not
+    more = [3, 14, 15, 9, 26, 5, 35, 8, 40] if by_tiles else []
+    for rows in ([7, *more], [49, 0, 7, *more], [*range(20, 40)]):
         assert torch.equal(kernel.mlp(x[rows], [(None, None, pieces)], 0, isa), results[0][rows])
 
 
@@ -191,16 +194,17 @@ def test_many_rows_are_the_same_bits_among_any_number_of_many_and_near_to_few(ke
     assert all(torch.equal(results[0], other) for other in results[1:])
     backwards = torch.arange(599, 599 - MANY, -1)
     assert torch.equal(kernel.mlp(x[backwards], [(None, None, pieces)], 0, isa), results[0][backwards])
-    few = kernel.mlp(x[: MANY - 1], [(None, None, pieces)], 0, isa)
-    exact = torch_gated_mlp(x[: MANY - 1].double(), doubled(pieces), silu)
-    assert_near(results[0][: MANY - 1], few, exact)
+    for n_rows in (MANY - 1, ENOUGH - 1):
+        few = kernel.mlp(x[:n_rows], [(None, None, pieces)], 0, isa)
+        exact = torch_gated_mlp(x[:n_rows].double(), doubled(pieces), silu)
+        assert_near(results[0][:n_rows], few, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_experts_of_many_rows_and_of_few_add_up(kernel, dtype):
     x, order = random_x(300, 70, dtype), torch.Generator().manual_seed(1)
     experts = []
-    for i, n in enumerate((300, 5, MANY, 0, MANY - 1)):
+    for i, n in enumerate((300, 5, MANY, 0, MANY - 1, ENOUGH, ENOUGH - 1, 1)):
         rows = torch.randperm(300, generator=order)[:n]
         experts.append((rows, torch.rand(n, generator=order), [random_piece(70, 100, dtype, i)]))
     exact = torch_routed_mlp(x.double(), [(r, w.double(), doubled(p)) for r, w, p in experts], silu)
@@ -247,8 +251,9 @@ def test_what_the_kernel_does_not_know_torch_computes(taken):
     assert taken == []
 
 
-def test_long_prompts_in_bfloat16_are_left_to_torch_where_it_has_amx(taken, monkeypatch):
+def test_long_prompts_in_bfloat16_are_left_to_torch_where_it_has_amx_and_the_kernel_has_not(taken, monkeypatch):
     monkeypatch.setattr(native, "_has_amx", lambda: True)
+    monkeypatch.setattr(Kernel, "isa", property(lambda _: "AVX512_BF16" if "AVX512_BF16" in _.isas else "portable"))
     for n_rows in (1, 31, 32, 500):
         gated_mlp(random_x(n_rows, 16, torch.bfloat16), [random_piece(16, 8, torch.bfloat16, 0)], silu)
     assert taken == [1, 1]
@@ -297,7 +302,7 @@ def test_a_file_that_is_no_library_is_an_error_a_person_can_act_on(tmp_path):
 
 
 def test_the_fingerprint_names_the_kernel(kernel):
-    assert native.describe() == f"native 11, {kernel.isa}"
+    assert native.describe() == f"native 12, {kernel.isa}"
 
 
 # -- threads ------------------------------------------------------------------------------------------

@@ -144,9 +144,10 @@ void multiply(const StripProduct& p) {
         multiply_block<true>(now, stride, copy, x, steps, k0 == 0, sums, ahead, each);
       else
         multiply_block<false>(now, stride, copy, x, steps, k0 == 0, sums, ahead, each);
-      if (last) p.finish(p.context, b, sums);
+      if (last && b) p.finish(p.context, b - 1, sums - SIDE * STRIP_ROWS);  // beside tiles that are still multiplied
     }
   }
+  p.finish(p.context, p.n_blocks - 1, p.sums + (p.n_blocks - 1) * SIDE * STRIP_ROWS);
   _tile_release();
 }
 
@@ -211,17 +212,16 @@ void add(const float* sums, int64_t n_rows, int64_t n_tokens, const float* weigh
   }
 }
 
+// Row by row of y: rows are often a multiple of 4 KiB apart, and none would stay in the first cache.
 void store(const float* sums, int64_t n_rows, int64_t n_tokens, const float* bias, char* y, int64_t stride) {
-  for (int64_t r = 0; r < n_rows; r += SIDE) {
-    alignas(64) __m512i v[SIDE];
-    by_token(sums, r, v);
-    const __mmask16 some = first16_of(n_rows - r);
-    const __m512 more = _mm512_maskz_loadu_ps(some, bias + r);
-    for (int64_t t = 0; t < n_tokens; t++) {
-      const __m256i found = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_add_ps(_mm512_castsi512_ps(v[t]), more)));
-      _mm256_mask_storeu_epi16(y + t * stride + r * 2, some, found);
+  alignas(64) __m512i v[STRIP_ROWS / SIDE][SIDE];
+  for (int64_t r = 0; r < n_rows; r += SIDE) by_token(sums, r, v[r / SIDE]);
+  for (int64_t t = 0; t < n_tokens; t++)
+    for (int64_t r = 0; r < n_rows; r += SIDE) {
+      const __mmask16 some = first16_of(n_rows - r);
+      const __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(v[r / SIDE][t]), _mm512_maskz_loadu_ps(some, bias + r));
+      _mm256_mask_storeu_epi16(y + t * stride + r * 2, some, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
     }
-  }
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // What calls of the kernel share: memory that is kept, where rows of activations lie, room for a tile's results.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <new>
 
@@ -12,7 +14,9 @@ constexpr int64_t TOKENS_AT_ONCE = 240;  // their activations of one block of K 
 constexpr int64_t MANY = 96;             // tokens from which on dots_of_many is faster
 constexpr int64_t MANY_AT_ONCE = 512;    // of them
 constexpr int64_t MOST_ROWS = 64;        // of W in one item of work
-constexpr int64_t ENOUGH = 8;            // tokens from which on tiles are faster than rows
+constexpr int64_t ENOUGH = 9;            // tokens from which on tiles are faster than rows, beyond steps of few
+
+constexpr size_t LARGE_PAGE = 2 << 20;   // bytes; tiles of a prompt lie in more small pages than a core has at hand
 
 struct Aligned {
   char* data = nullptr;
@@ -21,9 +25,11 @@ struct Aligned {
   char* at_least(size_t n) {
     if (n > size) {
       free(data);
-      data = static_cast<char*>(aligned_alloc(4096, (n + 4095) / 4096 * 4096));
+      const size_t page = n < LARGE_PAGE / 4 ? 4096 : LARGE_PAGE;
+      data = static_cast<char*>(aligned_alloc(page, (n + page - 1) / page * page));
       size = data ? n : 0;
       if (!data) throw std::bad_alloc();
+      if (page == LARGE_PAGE) madvise(data, (n + page - 1) / page * page, MADV_HUGEPAGE);
     }
     return data;
   }
