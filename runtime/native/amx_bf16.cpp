@@ -8,37 +8,11 @@
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 
-#include "avx512.h"
+#include "amx.h"
+#include "amx_prompt.h"
 
 namespace scheinfer {
 namespace {
-
-constexpr int64_t STEP = 32, LINE = 64, TILE_BYTES = 1024, HALF = STRIP_ROWS / 2;
-
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start = 0, none[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-inline void written() { asm volatile("" ::: "memory"); }  // tile loads do not tell the compiler what they read
-
-inline __mmask32 first_of(int64_t n) { return n >= 32 ? ~__mmask32(0) : n > 0 ? (__mmask32(1) << n) - 1 : 0; }
-inline __mmask16 first16_of(int64_t n) { return __mmask16(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0); }
-
-void pack(const void* const* rows, int64_t n_rows, int64_t K, void* block) {
-  char* to = static_cast<char*>(block);
-  for (int64_t k = 0; k < K; k += STEP, to += TILE_BYTES) {
-    __m512i v[SIDE];
-#pragma GCC unroll 16
-    for (int i = 0; i < SIDE; i++)
-      v[i] = i < n_rows ? _mm512_maskz_loadu_epi16(first_of(K - k), static_cast<const Bf16*>(rows[i]) + k)
-                        : _mm512_setzero_si512();
-    transpose(v);
-#pragma GCC unroll 16
-    for (int i = 0; i < SIDE; i++) _mm512_store_si512(to + i * LINE, v[i]);
-  }
-}
 
 // -- products --------------------------------------------------------------------------------------------------------
 
@@ -125,7 +99,6 @@ inline void multiply_block(const Strip& s, int64_t stride, char* copy, const cha
 }
 
 void multiply(const StripProduct& p) {
-  static const TileShapes shapes;
   _tile_loadconfig(&shapes);
   const int64_t block_bytes = (p.K + STEP - 1) / STEP * TILE_BYTES, stride = p.K * 2;
   char* copy = reinterpret_cast<char*>(p.copy);
@@ -168,14 +141,6 @@ inline __m512 act_of(__m512 v) {
   return _mm512_load_ps(lanes);
 }
 
-// Two rows of 16 floats as 16 pairs of bfloat16.
-inline __m512i pairs_of(__m512 one, __m512 other) {
-  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(other, one));
-  return _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
-}
-
 template <int ACT>
 void activate_as(const float* sums, int64_t n, char* pairs) {
   const float* up = sums + HALF * SIDE;
@@ -191,13 +156,6 @@ void activate(const float* sums, int64_t n, int act, void* pairs) {
   if (act == SILU) return activate_as<SILU>(sums, n, to);
   if (act == GELU_TANH) return activate_as<GELU_TANH>(sums, n, to);
   activate_as<GELU_ERF>(sums, n, to);
-}
-
-// 16 rows of a strip from one on, by token.
-inline void by_token(const float* sums, int64_t row, __m512i (&v)[SIDE]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < SIDE; i++) v[i] = _mm512_load_si512(sums + (row + i) * SIDE);
-  transpose(v);
 }
 
 void add(const float* sums, int64_t n_rows, int64_t n_tokens, const float* weights, float* const* rows) {
@@ -231,6 +189,8 @@ const Kernels* amx_bf16_kernels(int dtype) {
   static const Kernels found = [] {
     Kernels k = *avx512_bf16_kernels(BF16);
     k.tiles = &tiles;
+    k.pack_keys = pack_keys_as_tiles, k.pack_values = pack_values_as_tiles;
+    k.attend_rows = attend_by_tiles, k.attends_at_once = SIDE;
     return k;
   }();
   return dtype == BF16 ? &found : avx512_kernels(dtype);

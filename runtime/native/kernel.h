@@ -89,7 +89,8 @@ struct Kernels {
   // What dots computes, of many tokens; sums are in another order. Null where dots is as fast.
   decltype(dots) dots_of_many = nullptr;
   const TileKernels* tiles = nullptr;  // of many tokens, too; null where the instruction set has none
-  // A prompt's attention; null without AVX-512. Blocks of keys and values, up to 6 neighbouring queries of a head.
+  // A prompt's attention; null without AVX-512. Blocks of keys and values, up to so many neighbouring queries of a head.
+  int attends_at_once = 6;
   void (*pack_keys)(const void* keys, int64_t n_keys, const Past& past, void* panel) = nullptr;
   void (*pack_values)(const void* values, int64_t n_keys, const Past& past, void* panel) = nullptr;
   void (*attend_rows)(int n, const Blocks& blocks, const void* const* queries, int64_t position, const Past& past,
