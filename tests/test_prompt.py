@@ -17,7 +17,9 @@ from runtime.attention import attend
 from runtime.projection import FEW_ROWS, computes_prompt, is_kernels
 
 INSTALLED = native.installed()
-ISAS = [] if isinstance(INSTALLED, KernelError) else [isa for isa in INSTALLED.isas if isa.startswith(("AVX512", "AMX"))]
+ISAS = (
+    [] if isinstance(INSTALLED, KernelError) else [isa for isa in INSTALLED.isas if isa.startswith(("AVX512", "AMX"))]
+)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 needs_avx512 = pytest.mark.skipif(not ISAS, reason="no native kernel with AVX-512")
 
