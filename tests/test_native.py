@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import shutil
 import subprocess
 import sys
@@ -159,6 +161,30 @@ def test_every_kind_of_half_precision_number_is_read_and_written(kernel, isa, va
     gate_up, down = torch.ones(2, 1).half(), torch.full((1, 1), value).half()
     y = kernel.mlp(torch.full((1, 1), 30.0).half(), [(None, torch.tensor([1 / 900]), [(gate_up, down)])], 0, isa)
     assert y.item() == torch.tensor(value).half().item()  # silu(30) * 30 = 900
+
+
+def at_the_end(values: Tensor) -> Tensor:
+    """The same where memory ends: a read beyond is a fault, which tile loads cannot hide from as from sanitizers."""
+    n_pages = -(-values.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (n_pages + 1) * mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + n_pages * mmap.PAGESIZE
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    first = n_pages * mmap.PAGESIZE - values.nbytes
+    there = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=first)
+    return there.copy_(values.flatten()).view(values.shape)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("n_rows", "d_model", "columns"), [(1, 70, 33), (17, 96, 64), (33, 333, 40), (100, 256, 77)])
+def test_nothing_is_read_beyond_weights_and_rows(kernel, isa, n_rows, d_model, columns):
+    if isa not in kernel.isas:
+        pytest.skip(f"this CPU has no {isa}")
+    x = at_the_end(random_x(n_rows, d_model, torch.bfloat16))
+    gate_up, down = map(at_the_end, random_piece(d_model, columns, torch.bfloat16, 1))
+    y = kernel.mlp(x, [(None, None, [(gate_up, down)])], 0, isa)
+    assert torch.equal(y, kernel.mlp(x.clone(), [(None, None, [(gate_up.clone(), down.clone())])], 0, isa))
+    projected = kernel.linear(x, gate_up, None, isa)
+    assert torch.equal(projected, kernel.linear(x.clone(), gate_up.clone(), None, isa))
 
 
 # -- the same bits ------------------------------------------------------------------------------------
