@@ -31,6 +31,7 @@ _AVX512 = (
 )
 _ANYWHERE: dict[str, tuple[str, ...]] = dict.fromkeys(
     (
+        "amx.cpp",
         "forward.cpp",
         "layer.cpp",
         "linear.cpp",
@@ -49,7 +50,10 @@ _X86: dict[str, tuple[str, ...]] = {
     "avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "avx512.cpp": _AVX512,
     "avx512_bf16.cpp": (*_AVX512, "-mavx512bf16"),
+    "amx_bf16.cpp": (*_AVX512, "-mavx512bf16"),
 }
+_IF_KNOWN = {"amx_bf16.cpp": ("-mamx-tile", "-mamx-bf16")}
+"""Flags that older compilers lack; a source says without them that it has nothing."""
 
 
 class BuildFailedError(Exception):
@@ -75,10 +79,19 @@ def build(folder: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = [str(Path(scratch) / f"{name}.o") for name in sources]
         for (name, flags), out in zip(sources.items(), objects, strict=True):
-            _run([cxx, *_COMMON, *flags, *asked, "-c", str(folder / name), "-o", out])
+            more = [] if name not in _IF_KNOWN or not _knows(cxx, _IF_KNOWN[name], asked) else _IF_KNOWN[name]
+            _run([cxx, *_COMMON, *flags, *more, *asked, "-c", str(folder / name), "-o", out])
         linked = Path(scratch) / LIBRARY
         _run([cxx, "-shared", "-pthread", *asked, *objects, "-o", str(linked)])
         linked.replace(target)  # at once: a process that has the old one mapped keeps it
+
+
+def _knows(cxx: str, flags: Sequence[str], asked: Sequence[str]) -> bool:
+    try:
+        _run([cxx, *flags, *asked, "-x", "c++", "-fsyntax-only", os.devnull])
+    except BuildFailedError:
+        return False
+    return True
 
 
 def _run(command: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ def computes_step(n_rows: int) -> bool:
 def computes_prompt(dtype: torch.dtype) -> bool:
     """Whether the kernel computes all that is large in a prompt on the CPU, if it knows the model's attention."""
     kernel = native.kernel()
-    if kernel is None or kernel.isa != "AVX512_BF16" or dtype != torch.bfloat16:
+    if kernel is None or not kernel.multiplies_bfloat16 or dtype != torch.bfloat16:
         return False
     return not native.leaves_to_torch(dtype, n_rows=math.inf)
 

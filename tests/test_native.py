@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from runtime.ops import gated_mlp, piece_views, routed_mlp, torch_gated_mlp, tor
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MANY = 96  # rows from which on bfloat16 is summed in another order, see rows.h
+ENOUGH = 9  # from which on AMX multiplies them
 needs_compiler = pytest.mark.skipif(
     sys.platform != "linux" or not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler"
 )
@@ -76,7 +79,7 @@ def assert_near(y: Tensor, by_torch: Tensor, exact: Tensor) -> None:
     # Two roundings to the dtype, of h and of y, where torch has four and more; a float32 sum has its own.
     own, others = (y.double() - exact).abs().max(), (by_torch.double() - exact).abs().max()
     floor = 2 * torch.finfo(y.dtype).eps * max(1.0, float(exact.abs().max()))
-    assert own <= max(2 * float(others), floor), f"off by {own:.2e}, torch by {others:.2e}"
+    assert own <= max(3 * float(others), floor), f"off by {own:.2e}, torch by {others:.2e}"
 
 
 # -- exactness ----------------------------------------------------------------------------------------
@@ -86,7 +89,7 @@ def assert_near(y: Tensor, by_torch: Tensor, exact: Tensor) -> None:
 @given(
     isa=st.sampled_from(ISAS),
     dtype=st.sampled_from(DTYPES),
-    n_rows=st.sampled_from((0, 1, 2, 3, 5, 6, 7, 13, 25, 64, 121, 250)),
+    n_rows=st.sampled_from((0, 1, 2, 3, 5, 6, 7, 8, 9, 13, 16, 17, 33, 64, 121, 250, 513)),
     d_model=st.integers(1, 150),
     columns=st.lists(st.integers(1, 90), min_size=1, max_size=3),
     seed=st.integers(0, 99),
@@ -107,7 +110,7 @@ def test_a_dense_part_is_as_near_to_float64_as_torch(isa, dtype, n_rows, d_model
 @given(
     isa=st.sampled_from(ISAS),
     dtype=st.sampled_from(DTYPES),
-    counts=st.lists(st.integers(0, 20), min_size=1, max_size=6),
+    counts=st.lists(st.sampled_from((0, 1, 2, 5, 8, 9, 12, 15, 16, 17, 33, 49)), min_size=1, max_size=6),
     d_model=st.integers(1, 100),
     columns=st.integers(1, 70),
     seed=st.integers(0, 99),
@@ -116,10 +119,10 @@ def test_experts_add_up_whatever_rows_they_have(isa, dtype, counts, d_model, col
     kernel = native.kernel()
     if isa not in kernel.isas:
         return
-    x, order = random_x(20, d_model, dtype, seed), torch.Generator().manual_seed(seed)
+    x, order = random_x(49, d_model, dtype, seed), torch.Generator().manual_seed(seed)
     experts = []
     for i, n in enumerate(counts):  # rows in any order, an expert may have none
-        rows = torch.randperm(20, generator=order)[:n]
+        rows = torch.randperm(49, generator=order)[:n]
         cut = min(columns, i * 13)
         pieces = [random_piece(d_model, c, dtype, seed + i + c) for c in (cut, columns - cut) if c]
         experts.append((rows, torch.rand(n, generator=order), pieces))
@@ -160,6 +163,30 @@ def test_every_kind_of_half_precision_number_is_read_and_written(kernel, isa, va
     assert y.item() == torch.tensor(value).half().item()  # silu(30) * 30 = 900
 
 
+def at_the_end(values: Tensor) -> Tensor:
+    """The same where memory ends: a read beyond is a fault, which tile loads cannot hide from as from sanitizers."""
+    n_pages = -(-values.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (n_pages + 1) * mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + n_pages * mmap.PAGESIZE
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    first = n_pages * mmap.PAGESIZE - values.nbytes
+    there = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=first)
+    return there.copy_(values.flatten()).view(values.shape)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("n_rows", "d_model", "columns"), [(1, 70, 33), (17, 96, 64), (33, 333, 40), (100, 256, 77)])
+def test_nothing_is_read_beyond_weights_and_rows(kernel, isa, n_rows, d_model, columns):
+    if isa not in kernel.isas:
+        pytest.skip(f"this CPU has no {isa}")
+    x = at_the_end(random_x(n_rows, d_model, torch.bfloat16))
+    gate_up, down = map(at_the_end, random_piece(d_model, columns, torch.bfloat16, 1))
+    y = kernel.mlp(x, [(None, None, [(gate_up, down)])], 0, isa)
+    assert torch.equal(y, kernel.mlp(x.clone(), [(None, None, [(gate_up.clone(), down.clone())])], 0, isa))
+    projected = kernel.linear(x, gate_up, None, isa)
+    assert torch.equal(projected, kernel.linear(x.clone(), gate_up.clone(), None, isa))
+
+
 # -- the same bits ------------------------------------------------------------------------------------
 
 
@@ -174,7 +201,9 @@ def test_bits_depend_neither_on_threads_nor_on_the_rest_of_the_batch(kernel, isa
         torch.set_num_threads(n_threads)
         results.append(kernel.mlp(x, [(None, None, pieces)], 0, isa))
     assert all(torch.equal(results[0], other) for other in results[1:])
-    for rows in ([7], [49, 0, 7]):
+    by_tiles = isa == "AMX_BF16" and dtype == torch.bfloat16  # 50 rows are, fewer than ENOUGH are not
+    more = [3, 14, 15, 9, 26, 5, 35, 8, 40] if by_tiles else []
+    for rows in ([7, *more], [49, 0, 7, *more], [*range(20, 40)]):
         assert torch.equal(kernel.mlp(x[rows], [(None, None, pieces)], 0, isa), results[0][rows])
 
 
@@ -191,16 +220,17 @@ def test_many_rows_are_the_same_bits_among_any_number_of_many_and_near_to_few(ke
     assert all(torch.equal(results[0], other) for other in results[1:])
     backwards = torch.arange(599, 599 - MANY, -1)
     assert torch.equal(kernel.mlp(x[backwards], [(None, None, pieces)], 0, isa), results[0][backwards])
-    few = kernel.mlp(x[: MANY - 1], [(None, None, pieces)], 0, isa)
-    exact = torch_gated_mlp(x[: MANY - 1].double(), doubled(pieces), silu)
-    assert_near(results[0][: MANY - 1], few, exact)
+    for n_rows in (MANY - 1, ENOUGH - 1):
+        few = kernel.mlp(x[:n_rows], [(None, None, pieces)], 0, isa)
+        exact = torch_gated_mlp(x[:n_rows].double(), doubled(pieces), silu)
+        assert_near(results[0][:n_rows], few, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_experts_of_many_rows_and_of_few_add_up(kernel, dtype):
     x, order = random_x(300, 70, dtype), torch.Generator().manual_seed(1)
     experts = []
-    for i, n in enumerate((300, 5, MANY, 0, MANY - 1)):
+    for i, n in enumerate((300, 5, MANY, 0, MANY - 1, ENOUGH, ENOUGH - 1, 1)):
         rows = torch.randperm(300, generator=order)[:n]
         experts.append((rows, torch.rand(n, generator=order), [random_piece(70, 100, dtype, i)]))
     exact = torch_routed_mlp(x.double(), [(r, w.double(), doubled(p)) for r, w, p in experts], silu)
@@ -247,8 +277,9 @@ def test_what_the_kernel_does_not_know_torch_computes(taken):
     assert taken == []
 
 
-def test_long_prompts_in_bfloat16_are_left_to_torch_where_it_has_amx(taken, monkeypatch):
+def test_long_prompts_in_bfloat16_are_left_to_torch_where_it_has_amx_and_the_kernel_has_not(taken, monkeypatch):
     monkeypatch.setattr(native, "_has_amx", lambda: True)
+    monkeypatch.setattr(Kernel, "isa", property(lambda _: "AVX512_BF16" if "AVX512_BF16" in _.isas else "portable"))
     for n_rows in (1, 31, 32, 500):
         gated_mlp(random_x(n_rows, 16, torch.bfloat16), [random_piece(16, 8, torch.bfloat16, 0)], silu)
     assert taken == [1, 1]
@@ -297,7 +328,7 @@ def test_a_file_that_is_no_library_is_an_error_a_person_can_act_on(tmp_path):
 
 
 def test_the_fingerprint_names_the_kernel(kernel):
-    assert native.describe() == f"native 11, {kernel.isa}"
+    assert native.describe() == f"native 12, {kernel.isa}"
 
 
 # -- threads ------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,9 @@ from runtime.attention import attend
 from runtime.projection import FEW_ROWS, computes_prompt, is_kernels
 
 INSTALLED = native.installed()
-ISAS = [] if isinstance(INSTALLED, KernelError) else [isa for isa in INSTALLED.isas if isa.startswith("AVX512")]
+ISAS = (
+    [] if isinstance(INSTALLED, KernelError) else [isa for isa in INSTALLED.isas if isa.startswith(("AVX512", "AMX"))]
+)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 needs_avx512 = pytest.mark.skipif(not ISAS, reason="no native kernel with AVX-512")
 
@@ -139,12 +140,18 @@ def test_only_what_is_not_plainly_causal_gets_a_mask() -> None:
 
 
 def test_prompts_in_bfloat16_are_the_kernels_where_cpu_and_kernel_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "kernel", lambda: SimpleNamespace(isa="AVX512_BF16"))
-    monkeypatch.setattr(native, "_has_amx", lambda: False)
-    assert computes_prompt(torch.bfloat16)
-    assert not computes_prompt(torch.float32)
-    monkeypatch.setattr(native, "_has_amx", lambda: True)
-    assert not computes_prompt(torch.bfloat16)
+    assert isinstance(INSTALLED, native.Kernel)
+    upto = {isa: native.Kernel(INSTALLED.library, native.ISAS[: native.ISAS.index(isa) + 1]) for isa in native.ISAS}
+    for isa, has_amx, expected in (
+        ("AVX512", False, False),
+        ("AVX512_BF16", False, True),
+        ("AVX512_BF16", True, False),  # torch multiplies by tiles
+        ("AMX_BF16", True, True),
+    ):
+        monkeypatch.setattr(native, "kernel", lambda isa=isa: upto[isa])
+        monkeypatch.setattr(native, "_has_amx", lambda has_amx=has_amx: has_amx)
+        assert computes_prompt(torch.bfloat16) == expected
+        assert not computes_prompt(torch.float32)
     monkeypatch.setattr(native, "kernel", lambda: None)
     assert not computes_prompt(torch.bfloat16)
 

@@ -4,7 +4,7 @@ Compiled when the package is installed (hatch_build.py). SCHEINFER_KERNEL says w
 `auto` (the default) takes the native kernel for what it can compute and torch for the rest, `native` insists
 that it is there, `torch` never uses it. Sums are float32; between an MLP's products the values are float32, or
 bfloat16 on CPUs that multiply it, where torch rounds to the weights' dtype three times. A result depends neither on
-threads nor on other rows, but that such a CPU sums products of 96 rows and more in another order (panel.h).
+threads nor on other rows, but that such a CPU sums products of 96 rows and more in another order, with AMX those of 9.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from hwmodels.machine import Finding, read_machine
 from runtime.native.layer import ForwardWords, LayersWords, LayerWords
 
 LIBRARY = Path(__file__).with_name("libscheinfer.so")
-ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16")
-"""Instruction sets that the kernel is compiled for, the best last; AMX is not among them."""
+ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16", "AMX_BF16")
+"""Instruction sets that the kernel is compiled for, the best last."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE, _NOT_OURS = 11, 3
+_INTERFACE, _NOT_OURS = 12, 3
 MOST_WIDTH = 256
 """Of a head in attend_prompt."""
 _AMX_ROWS = 32  # as many as AMX computes in the time of one
@@ -65,7 +65,12 @@ class Kernel:
     @property
     def attends_prompts(self) -> bool:
         """Whether attend_prompt is there."""
-        return self.isa in ("AVX512", "AVX512_BF16")
+        return self.isa in ("AVX512", "AVX512_BF16", "AMX_BF16")
+
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        """Whether bfloat16 is multiplied as it is."""
+        return self.isa in ("AVX512_BF16", "AMX_BF16")
 
     def mlp(self, x_SD: Tensor, experts: Iterable[Expert], act: int, isa: str | None = None) -> Tensor:
         """Sum over experts of their gated MLPs for their rows of x_SD, on threads() threads.
@@ -256,8 +261,7 @@ def load(path: Path) -> Kernel:
     library.scheinfer_queues_rest.argtypes = [pointer, ctypes.c_int]
     library.scheinfer_queues_close.argtypes = [pointer]
     library.scheinfer_queues_rest.restype = library.scheinfer_queues_close.restype = None
-    isas = tuple(name for i, name in enumerate(ISAS) if library.scheinfer_has(i))
-    return Kernel(library, isas)
+    return Kernel(library, tuple(name for i, name in enumerate(ISAS) if library.scheinfer_has(i)))
 
 
 def choice() -> str:
@@ -281,18 +285,16 @@ def kernel() -> Kernel | None:
     """The kernel that SCHEINFER_KERNEL allows; None where torch computes. KernelError if it insists in vain."""
     wanted = choice()
     found = None if wanted == "torch" else installed()
-    if isinstance(found, KernelError):
-        if wanted == "native":
-            raise found
-        return None
-    return found
+    if isinstance(found, KernelError) and wanted == "native":
+        raise found
+    return found if isinstance(found, Kernel) else None
 
 
 def describe() -> str:
     """What computes MLPs on the CPU, for fingerprints: equal texts mean equal kernels."""
     found = kernel()
-    torch_isa = torch.backends.cpu.get_cpu_capability()
-    return f"torch linear, {torch_isa}" if found is None else f"native {_INTERFACE}, {found.isa}"
+    by_torch = f"torch linear, {torch.backends.cpu.get_cpu_capability()}"
+    return by_torch if found is None else f"native {_INTERFACE}, {found.isa}"
 
 
 def why_not() -> str:
@@ -309,9 +311,8 @@ def kernel_findings() -> list[Finding]:
     if not reason or choice() == "torch":
         return []
     limit = f"Torch computes MLPs on the CPU, at a third to three quarters of the native kernel's speed: {reason}"
-    return [
-        Finding("kernel", limit, "Install g++ and reinstall scheinfer, or run `python hatch_build.py` in its source")
-    ]
+    cure = "Install g++ and reinstall scheinfer, or run `python hatch_build.py` in its source"
+    return [Finding("kernel", limit, cure)]
 
 
 def dtype_code(dtype: torch.dtype) -> int | None:
@@ -336,12 +337,13 @@ def _has_amx() -> bool:
 
 
 def leaves_to_torch(dtype: torch.dtype, n_rows: float) -> bool:
-    """Whether `auto` takes torch for so many rows per expert: prompts in bfloat16 on CPUs with AMX, which torch uses.
+    """Whether `auto` takes torch for so many rows per expert: prompts in bfloat16 where torch uses AMX and it does not.
 
-    Elsewhere the kernel was faster than F.linear, or at most an eighth slower in long prompts in bfloat16
-    (experiments.cpu_kernels), and its results hardly depend on the batch.
+    Elsewhere the kernel was faster than F.linear, or at most an eighth slower (experiments.cpu_kernels).
     """
-    return choice() == "auto" and dtype == torch.bfloat16 and n_rows >= _AMX_ROWS and _has_amx()
+    if choice() != "auto" or dtype != torch.bfloat16 or n_rows < _AMX_ROWS or not _has_amx():
+        return False
+    return (found := kernel()) is None or found.isa != "AMX_BF16"
 
 
 def takes(x_SD: Tensor, pieces: Sequence[Piece]) -> bool:
@@ -370,10 +372,8 @@ def copies(to: Tensor, of: Tensor) -> bool:
 
 def projects(x_SK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
     """Whether the kernel computes a dense projection of these tensors: as takes says of an MLP's."""
-    dtype = x_SK.dtype
-    if x_SK.device.type != "cpu" or dtype not in _DTYPES:
-        return False
-    if torch.is_grad_enabled() and (x_SK.requires_grad or weight_NK.requires_grad):
+    dtype, wanted = x_SK.dtype, torch.is_grad_enabled() and (x_SK.requires_grad or weight_NK.requires_grad)
+    if x_SK.device.type != "cpu" or dtype not in _DTYPES or wanted:
         return False
     given = (weight_NK,) if bias_N is None else (weight_NK, bias_N)
     return all(t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous() for t in given)

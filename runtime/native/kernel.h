@@ -10,7 +10,7 @@ namespace scheinfer {
 
 enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
 enum Act : int { SILU = 0, GELU_TANH = 1, GELU_ERF = 2 };
-enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, N_ISA = 4 };
+enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX_BF16 = 4, N_ISA = 5 };
 
 constexpr int ROWS = 4;      // rows of W that a tile takes at once; work is cut at multiples of it
 constexpr int PAD = 32;      // activations are padded with zeros to a multiple of it
@@ -35,6 +35,40 @@ struct Blocks {
   int64_t key_bytes, value_bytes, panel_bytes;
 };
 
+constexpr int64_t SIDE = 16;                         // rows of W, or tokens, of a tile
+constexpr int64_t STRIP_ROWS = 64, STRIP_K = 256;    // of W, multiplied at once by tiles: 32 KiB
+constexpr int64_t MOST_BLOCKS = 32;                  // of SIDE tokens that a strip is multiplied by at once
+
+// Up to 64 rows of W, in two halves of up to 32 neighbours.
+struct Strip {
+  const char* w[2];
+  int64_t rows[2];
+};
+
+// Tokens in blocks of SIDE, packed as [block][pair of K][token] with zeros up to a multiple of PAD, times a strip.
+struct StripProduct {
+  Strip now, next;  // next: what is needed then, to be fetched; no rows if that is not known
+  int64_t K, next_K;
+  const char* x;
+  int64_t n_blocks;                                                      // at most MOST_BLOCKS
+  float *sums, *copy;                                                    // room for n_blocks * 1024, for STRIP_ROWS * STRIP_K / 2
+  void (*finish)(const void* context, int64_t block, const float* sums);  // of a block, [row of the strip][token]
+  const void* context;
+};
+
+// Products of bfloat16 by tiles. Rows of a strip beyond those there are have sums of zero.
+struct TileKernels {
+  // Up to SIDE tokens' rows as a block; zeros for what is missing.
+  void (*pack)(const void* const* rows, int64_t n_rows, int64_t K, void* block);
+  void (*multiply)(const StripProduct& product);
+  // A strip of gate and up rows: columns of h as 16 pairs of a block; zeros from n columns on.
+  void (*activate)(const float* sums, int64_t n, int act, void* pairs);
+  // Adds n_rows of a strip to rows of sums, times their weights (ones if null).
+  void (*add)(const float* sums, int64_t n_rows, int64_t n_tokens, const float* weights, float* const* rows);
+  // Sums plus bias, rounded.
+  void (*store)(const float* sums, int64_t n_rows, int64_t n_tokens, const float* bias, char* y, int64_t stride);
+};
+
 // Activations lie in rows of float, or of bfloat16 where the instruction set multiplies pairs of it.
 struct Kernels {
   // out[t * out_stride + r] = sum over k of w[r][k] * x[t][k]; w has rows of K weights without gaps. later: as many
@@ -54,7 +88,9 @@ struct Kernels {
   int activation_bytes;
   // What dots computes, of many tokens; sums are in another order. Null where dots is as fast.
   decltype(dots) dots_of_many = nullptr;
-  // A prompt's attention; null without AVX-512. Blocks of keys and values, up to 6 neighbouring queries of a head.
+  const TileKernels* tiles = nullptr;  // of many tokens, too; null where the instruction set has none
+  // A prompt's attention; null without AVX-512. Blocks of keys and values, up to so many neighbouring queries of a head.
+  int attends_at_once = 6;
   void (*pack_keys)(const void* keys, int64_t n_keys, const Past& past, void* panel) = nullptr;
   void (*pack_values)(const void* values, int64_t n_keys, const Past& past, void* panel) = nullptr;
   void (*attend_rows)(int n, const Blocks& blocks, const void* const* queries, int64_t position, const Past& past,
@@ -66,6 +102,7 @@ const Kernels* portable_kernels(int dtype);
 const Kernels* avx2_kernels(int dtype);
 const Kernels* avx512_kernels(int dtype);
 const Kernels* avx512_bf16_kernels(int dtype);
+const Kernels* amx_bf16_kernels(int dtype);
 
 // Calls work(context, i) for i = 0..n_items-1 on n_threads threads, the caller one of them; returns when all are done.
 void parallel(int n_threads, int64_t n_items, void (*work)(void* context, int64_t item), void* context);

@@ -1,4 +1,5 @@
-// Dense projections of the same few rows: y[t][r] = x[t] . w[r] + bias[r], rows of W shared out, sums in float32.
+// Dense projections of the same rows: y[t][r] = x[t] . w[r] + bias[r], rows of W shared out, sums in float32. Enough rows
+// are multiplied by tiles where the CPU has them.
 #include <vector>
 
 #include "rows.h"
@@ -19,12 +20,59 @@ struct Item {
 
 struct Call {
   const Kernels* k;
-  const char* x;
+  const char* source;
+  char* x;  // padded rows, or packed blocks
   int64_t K, S, weight_bytes, x_stride;
   int n_threads;
   std::vector<Projection> projections;
   std::vector<Item> items;
 };
+
+// A block of x, if by tiles.
+void pack_block(void* context, int64_t index) {
+  const Call& call = *static_cast<const Call*>(context);
+  const void* rows[SIDE];
+  int64_t n = 0;
+  for (int64_t t = index * SIDE; t < call.S && n < SIDE; t++) rows[n++] = call.source + t * call.K * call.weight_bytes;
+  call.k->tiles->pack(rows, n, call.K, call.x + index * call.x_stride);
+}
+
+Strip strip_of(const Call& call, int64_t index) {
+  if (index >= int64_t(call.items.size())) return {};
+  const Item& item = call.items[size_t(index)];
+  const int64_t n = item.last - item.first, half = n < STRIP_ROWS / 2 ? n : STRIP_ROWS / 2;
+  const char* w = item.of->w + item.first * call.K * call.weight_bytes;
+  return {{w, w + half * call.K * call.weight_bytes}, {half, n - half}};
+}
+
+void project_by_tiles(void* context, int64_t index) {
+  const Call& call = *static_cast<const Call*>(context);
+  struct Rows {
+    const Call& call;
+    const Item& item;
+    float bias[MOST_ROWS + PAD];
+    int64_t block;
+  } rows{call, call.items[size_t(index)], {}, 0};
+  const Projection& p = *rows.item.of;
+  const int64_t n = rows.item.last - rows.item.first, n_blocks = blocks_of(call.S);
+  if (p.bias) call.k->widen_row(p.bias + rows.item.first * call.weight_bytes, n, rows.bias);
+  Scratch& s = scratch();
+  for (; rows.block < n_blocks; rows.block += MOST_BLOCKS) {
+    const int64_t left = n_blocks - rows.block, some = left < MOST_BLOCKS ? left : MOST_BLOCKS;
+    const Strip now = strip_of(call, index), next = left > some ? now : strip_of(call, index + call.n_threads);
+    call.k->tiles->multiply({now, next, call.K, call.K, call.x + rows.block * call.x_stride, some, s.one, s.wide,
+                             [](const void* context, int64_t block, const float* sums) {
+                               const Rows& rows = *static_cast<const Rows*>(context);
+                               const Call& call = rows.call;
+                               const Projection& p = *rows.item.of;
+                               const int64_t t = (rows.block + block) * SIDE, n = rows.item.last - rows.item.first;
+                               char* y = p.y + (t * p.N + rows.item.first) * call.weight_bytes;
+                               call.k->tiles->store(sums, n, call.S - t < SIDE ? call.S - t : SIDE, rows.bias, y,
+                                                    p.N * call.weight_bytes);
+                             },
+                             &rows});
+  }
+}
 
 const char* weights_of(const Call& call, const Item& item) {
   return item.of->w + item.first * call.K * call.weight_bytes;
@@ -68,23 +116,25 @@ extern "C" int scheinfer_linear(const void* x, int64_t S, int64_t K, int64_t n_p
   try {
     const Kernels* k = kernels(isa, dtype);
     if (!k) return 2;
-    const int64_t bytes = dtype == F32 ? 4 : 2, stride = stride_of(K, k->activation_bytes);
-    char* rows = memory.at_least(size_t(S * stride));
-    for_rows(n_threads, S, K, [=](int64_t s) {
-      k->load_row(static_cast<const char*>(x) + s * K * bytes, K, rows + s * stride);
-    });
-    Call call{k, rows, K, S, bytes, stride, n_threads, {}, {}};
+    const bool tiled = by_tiles(k, S);
+    const int64_t bytes = dtype == F32 ? 4 : 2, stride = tiled ? block_bytes(K) : stride_of(K, k->activation_bytes);
+    char* rows = memory.at_least(size_t((tiled ? blocks_of(S) : S) * stride));
+    Call call{k, static_cast<const char*>(x), rows, K, S, bytes, stride, n_threads, {}, {}};
+    if (tiled)
+      parallel(n_threads, blocks_of(S), pack_block, &call);
+    else
+      for_rows(n_threads, S, K, [&](int64_t s) { k->load_row(call.source + s * K * bytes, K, rows + s * stride); });
     int64_t n_rows = 0;
     for (int64_t i = 0; i < n_projections; i++, words += 4) {
       call.projections.push_back({reinterpret_cast<const char*>(words[0]), reinterpret_cast<const char*>(words[1]),
                                   reinterpret_cast<char*>(words[2]), words[3]});
       n_rows += words[3];
     }
-    const int64_t most = rows_at_once(n_rows, n_threads, are_many(k, S));
+    const int64_t most = tiled ? STRIP_ROWS : rows_at_once(n_rows, n_threads, are_many(k, S));
     for (const Projection& p : call.projections)
       for (int64_t first = 0; first < p.N; first += most)
         call.items.push_back({&p, first, first + most < p.N ? first + most : p.N});
-    parallel(n_threads, int64_t(call.items.size()), project, &call);
+    parallel(n_threads, int64_t(call.items.size()), tiled ? project_by_tiles : project, &call);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

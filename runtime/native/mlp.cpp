@@ -4,7 +4,8 @@
 //   y[row(t)][d] += weight(t) * (h[t] . down[d])            rows of down shared out; experts in the order given
 //
 // Sums are float32 from weights to y, which is rounded once. Activations h are float32, or bfloat16 where the CPU
-// multiplies bfloat16.
+// multiplies bfloat16. Experts of enough rows are multiplied by tiles where the CPU has them: their rows of x and h lie in
+// packed blocks then.
 #include <algorithm>
 #include <vector>
 
@@ -28,6 +29,8 @@ struct Expert {
   int64_t n_rows;
   std::vector<Piece> pieces;
   std::vector<const void*> x;
+  bool tiled;
+  char* blocks;  // of x, if tiled
 };
 
 struct Item {
@@ -41,6 +44,11 @@ struct Part {
   const Piece* piece;
 };
 
+struct Block {  // of an expert's tokens
+  const Expert* expert;
+  int64_t index;
+};
+
 struct Call {
   const Kernels* k;
   int64_t D, S, weight_bytes, at_once;
@@ -50,10 +58,11 @@ struct Call {
   std::vector<Expert> experts;
   std::vector<Item> items;
   std::vector<Part> parts;
+  std::vector<Block> blocks;
 };
 
 struct Memory {  // of a calling thread, kept for its next call
-  Aligned x, h, sums;
+  Aligned x, blocks, h, sums;
 };
 
 // The gate of the item that this thread is likely to take next, if it has as many rows; null if not.
@@ -64,9 +73,90 @@ const char* after(const Call& call, int64_t index) {
   return then.last - then.first < now.last - now.first ? nullptr : then.piece->gate + then.first * call.D * call.weight_bytes;
 }
 
+// -- by tiles --------------------------------------------------------------------------------------------------------
+
+void pack_block(void* context, int64_t index) {
+  const Call& call = *static_cast<const Call*>(context);
+  const Block& block = call.blocks[size_t(index)];
+  const int64_t first = block.index * SIDE, left = block.expert->n_rows - first;
+  call.k->tiles->pack(block.expert->x.data() + first, left < SIDE ? left : SIDE, call.D,
+                      block.expert->blocks + block.index * block_bytes(call.D));
+}
+
+// The gate and up rows of an item; none if there is no such item, or no tiles are for it.
+Strip strip_of(const Call& call, int64_t index) {
+  if (index >= int64_t(call.items.size()) || !call.items[size_t(index)].expert->tiled) return {};
+  const Item& item = call.items[size_t(index)];
+  const int64_t n = item.last - item.first, at = item.first * call.D * call.weight_bytes;
+  return {{item.piece->gate + at, item.piece->up + at}, {n, n}};
+}
+
+void gate_and_up_by_tiles(const Call& call, int64_t index) {
+  struct Columns {
+    const Call& call;
+    const Item& item;
+    int64_t block;
+  } columns{call, call.items[size_t(index)], 0};
+  const Expert& expert = *columns.item.expert;
+  Scratch& s = scratch();
+  for (const int64_t n = blocks_of(expert.n_rows); columns.block < n; columns.block += MOST_BLOCKS) {
+    const int64_t left = n - columns.block, some = left < MOST_BLOCKS ? left : MOST_BLOCKS;
+    const Strip now = strip_of(call, index), next = left > some ? now : strip_of(call, index + call.n_threads);
+    call.k->tiles->multiply({now, next, call.D, call.D, expert.blocks + columns.block * block_bytes(call.D), some, s.one,
+                             s.wide,
+                             [](const void* context, int64_t block, const float* sums) {
+                               const auto& [call, item, first] = *static_cast<const Columns*>(context);
+                               char* h = item.piece->h + (first + block) * item.piece->stride + item.first * SIDE * 2;
+                               call.k->tiles->activate(sums, item.last - item.first, call.act, h);
+                             },
+                             &columns});
+  }
+}
+
+Strip strip_of_down(const Call& call, const Part& part, int64_t first, int64_t n) {
+  const int64_t row_bytes = part.piece->columns * call.weight_bytes;
+  if (!part.expert->tiled || first + n > call.D) return {};
+  const char* w = part.piece->down + first * row_bytes;
+  const int64_t half = n < STRIP_ROWS / 2 ? n : STRIP_ROWS / 2;
+  return {{w, w + half * row_bytes}, {half, n - half}};
+}
+
+// Adds to sums [S, n].
+void add_down_by_tiles(const Call& call, const Part& part, const Part& then, int64_t first, int64_t row, int64_t n,
+                       float* sums) {
+  struct Rows {
+    const Call& call;
+    const Expert& expert;
+    float* sums;
+    int64_t n, block;
+  } rows{call, *part.expert, sums, n, 0};
+  Scratch& s = scratch();
+  const Piece& piece = *part.piece;
+  for (const int64_t n_blocks = blocks_of(part.expert->n_rows); rows.block < n_blocks; rows.block += MOST_BLOCKS) {
+    const int64_t left = n_blocks - rows.block, some = left < MOST_BLOCKS ? left : MOST_BLOCKS;
+    const Strip now = strip_of_down(call, part, first, n), next = left > some ? now : strip_of_down(call, then, row, n);
+    const int64_t next_K = left > some ? piece.columns : then.piece->columns;
+    call.k->tiles->multiply({now, next, piece.columns, next_K, piece.h + rows.block * piece.stride, some, s.one, s.wide,
+                             [](const void* context, int64_t block, const float* sums) {
+                               const Rows& rows = *static_cast<const Rows*>(context);
+                               const int64_t t0 = (rows.block + block) * SIDE, left = rows.expert.n_rows - t0;
+                               const int64_t n_tokens = left < SIDE ? left : SIDE;
+                               float* to[SIDE];
+                               for (int64_t t = 0; t < n_tokens; t++)
+                                 to[t] = rows.sums + (rows.expert.rows ? rows.expert.rows[t0 + t] : t0 + t) * rows.n;
+                               const float* weights = rows.expert.weights ? rows.expert.weights + t0 : nullptr;
+                               rows.call.k->tiles->add(sums, rows.n, n_tokens, weights, to);
+                             },
+                             &rows});
+  }
+}
+
+// -- by rows ---------------------------------------------------------------------------------------------------------
+
 void gate_and_up(void* context, int64_t index) {
   const Call& call = *static_cast<const Call*>(context);
   const Item& item = call.items[size_t(index)];
+  if (item.expert->tiled) return gate_and_up_by_tiles(call, index);
   const Piece& piece = *item.piece;
   Scratch& s = scratch();
   const int64_t n = item.last - item.first, row_bytes = call.D * call.weight_bytes;
@@ -116,6 +206,10 @@ void down(void* context, int64_t index) {
   for (size_t e = 0; e < call.parts.size(); e++) {
     const Part &part = call.parts[e], &then = call.parts[(e + 1) % call.parts.size()];
     const int64_t row = e + 1 < call.parts.size() ? first : first + call.n_threads * call.at_once;
+    if (part.expert->tiled) {
+      add_down_by_tiles(call, part, then, first, row, n, sums);
+      continue;
+    }
     const bool follows = then.piece->columns == part.piece->columns && row + n <= call.D;
     const char* later = follows ? then.piece->down + row * then.piece->columns * call.weight_bytes : nullptr;
     add_down(call, *part.expert, *part.piece, first, n, sums, later);
@@ -125,7 +219,8 @@ void down(void* context, int64_t index) {
 }
 
 // Experts as callers lay them down: rows, weights, n_rows, n_pieces, then gate, up, down, columns of each piece.
-void read_experts(Call& call, const int64_t* words, int64_t n_experts, const char* x, int64_t x_stride) {
+// Rows of x lie in `rows`, padded, but those of experts by tiles in x itself until they are packed.
+void read_experts(Call& call, const int64_t* words, int64_t n_experts, const char* x, const char* rows, int64_t stride) {
   call.experts.resize(size_t(n_experts));
   for (Expert& expert : call.experts) {
     expert.rows = reinterpret_cast<const int64_t*>(words[0]);
@@ -140,8 +235,22 @@ void read_experts(Call& call, const int64_t* words, int64_t n_experts, const cha
       piece.columns = words[3];
       words += 4;
     }
-    for (int64_t t = 0; t < expert.n_rows; t++) expert.x.push_back(x + (expert.rows ? expert.rows[t] : t) * x_stride);
+    expert.tiled = by_tiles(call.k, expert.n_rows);
+    const char* from = expert.tiled ? x : rows;
+    const int64_t apart = expert.tiled ? call.D * call.weight_bytes : stride;
+    for (int64_t t = 0; t < expert.n_rows; t++) expert.x.push_back(from + (expert.rows ? expert.rows[t] : t) * apart);
+    for (int64_t i = 0; expert.tiled && i < blocks_of(expert.n_rows); i++) call.blocks.push_back({&expert, i});
   }
+}
+
+int64_t size_of_h(const Expert& expert, const Piece& piece) {
+  return piece.stride * (expert.tiled ? blocks_of(expert.n_rows) : expert.n_rows);
+}
+
+bool all_tiled(const Call& call) {
+  for (const Expert& expert : call.experts)
+    if (!expert.tiled && expert.n_rows) return false;
+  return true;
 }
 
 void share_out(Call& call, Memory& memory, int n_threads) {
@@ -152,10 +261,11 @@ void share_out(Call& call, Memory& memory, int n_threads) {
     for (const Piece& piece : expert.pieces) n_columns += piece.columns;
   for (Expert& expert : call.experts)
     for (Piece& piece : expert.pieces) {
-      piece.stride = stride_of(piece.columns, call.k->activation_bytes);
-      total += size_t(piece.stride * expert.n_rows);
+      piece.stride = expert.tiled ? block_bytes(piece.columns) : stride_of(piece.columns, call.k->activation_bytes);
+      total += size_t(size_of_h(expert, piece));
       call.parts.push_back({&expert, &piece});
-      const int64_t most = rows_at_once(n_columns, n_threads, are_many(call.k, expert.n_rows));
+      const int64_t by_rows = rows_at_once(n_columns, n_threads, are_many(call.k, expert.n_rows));
+      const int64_t most = expert.tiled ? STRIP_ROWS / 2 : by_rows;
       many |= are_many(call.k, expert.n_rows);
       for (int64_t first = 0; first < piece.columns; first += most) {
         const int64_t last = first + most < piece.columns ? first + most : piece.columns;
@@ -164,8 +274,13 @@ void share_out(Call& call, Memory& memory, int n_threads) {
     }
   char* h = memory.h.at_least(total);
   for (Expert& expert : call.experts)
-    for (Piece& piece : expert.pieces) piece.h = h, h += piece.stride * expert.n_rows;
-  call.at_once = rows_at_once(call.D, n_threads, many);
+    for (Piece& piece : expert.pieces) piece.h = h, h += size_of_h(expert, piece);
+  char* blocks = memory.blocks.at_least(call.blocks.size() * size_t(block_bytes(call.D)));
+  for (Expert& expert : call.experts) {
+    expert.blocks = blocks;
+    if (expert.tiled) blocks += blocks_of(expert.n_rows) * block_bytes(call.D);
+  }
+  call.at_once = call.blocks.empty() ? rows_at_once(call.D, n_threads, many) : STRIP_ROWS;
 }
 
 }  // namespace
@@ -173,6 +288,7 @@ void share_out(Call& call, Memory& memory, int n_threads) {
 const Kernels* kernels(int isa, int dtype) {
   if (!scheinfer_has(isa)) return nullptr;
 #if defined(__x86_64__)
+  if (isa == AMX_BF16) return amx_bf16_kernels(dtype);
   if (isa == AVX512_BF16) return avx512_bf16_kernels(dtype);
   if (isa == AVX512) return avx512_kernels(dtype);
   if (isa == AVX2) return avx2_kernels(dtype);
@@ -187,7 +303,7 @@ using namespace scheinfer;
 extern "C" {
 
 // Counts changes of this interface: a library of other sources is not used.
-int scheinfer_interface() { return 11; }
+int scheinfer_interface() { return 12; }
 
 // Whether this CPU has an instruction set.
 int scheinfer_has(int isa) {
@@ -199,6 +315,7 @@ int scheinfer_has(int isa) {
   if (isa == AVX2) return avx2;
   if (isa == AVX512) return avx512;
   if (isa == AVX512_BF16) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (isa == AMX_BF16) return amx_bf16_kernels(BF16) && scheinfer_has(AVX512_BF16) && may_use_tiles();
 #endif
   return isa == PORTABLE;
 }
@@ -212,13 +329,14 @@ int scheinfer_mlp(const void* x, void* y, int64_t S, int64_t D, int dtype, int a
     if (!k) return 2;
     const int64_t weight_bytes = dtype == F32 ? 4 : 2, stride = stride_of(D, k->activation_bytes);
     char* rows = memory.x.at_least(size_t(S * stride));
-    for_rows(n_threads, S, D, [=](int64_t s) {
-      k->load_row(static_cast<const char*>(x) + s * D * weight_bytes, D, rows + s * stride);
-    });
-    Call call{k, D, S, weight_bytes, MOST_ROWS, act, n_threads, static_cast<char*>(y), nullptr, {}, {}, {}};
+    Call call{k, D, S, weight_bytes, MOST_ROWS, act, n_threads, static_cast<char*>(y), nullptr, {}, {}, {}, {}};
     call.sums = reinterpret_cast<float*>(memory.sums.at_least(size_t(S * D) * sizeof(float)));
-    read_experts(call, experts, n_experts, rows, stride);
+    read_experts(call, experts, n_experts, static_cast<const char*>(x), rows, stride);
     share_out(call, memory, n_threads);
+    if (!all_tiled(call)) for_rows(n_threads, S, D, [=](int64_t s) {
+        k->load_row(static_cast<const char*>(x) + s * D * weight_bytes, D, rows + s * stride);
+      });
+    parallel(n_threads, int64_t(call.blocks.size()), pack_block, &call);
     parallel(n_threads, int64_t(call.items.size()), gate_and_up, &call);
     parallel(n_threads, (D + call.at_once - 1) / call.at_once, down, &call);
     return 0;

@@ -6,7 +6,7 @@
 namespace scheinfer {
 namespace {
 
-constexpr int64_t TILE = 6, ITEM_TILES = 8;
+constexpr int64_t ITEM_TILES = 8;
 
 struct Attention {
   const Kernels* k;
@@ -30,19 +30,24 @@ void pack_block(void* context, int64_t index) {
   a.k->pack_values(value + first * a.past.value_stride * a.bytes, n, a.past, a.values + index * a.sizes.value_bytes);
 }
 
+int64_t n_items(const Attention& a) {
+  const int64_t each = a.k->attends_at_once * ITEM_TILES;
+  return (a.n_new + each - 1) / each;
+}
+
 // One head's queries of a few tiles; the last tokens of a KV head, which see most, come first.
 void attend_some(void* context, int64_t index) {
   const Attention& a = *static_cast<const Attention*>(context);
-  const int64_t n_items = (a.n_new + TILE * ITEM_TILES - 1) / (TILE * ITEM_TILES), per_kv = n_items * a.group;
-  const int64_t kv = index / per_kv, item = n_items - 1 - index % per_kv / a.group, b = kv / a.n_kv;
-  const int64_t head = kv % a.n_kv * a.group + index % a.group, end = (item + 1) * TILE * ITEM_TILES;
+  const int64_t at_once = a.k->attends_at_once, per_kv = n_items(a) * a.group;
+  const int64_t kv = index / per_kv, item = n_items(a) - 1 - index % per_kv / a.group, b = kv / a.n_kv;
+  const int64_t head = kv % a.n_kv * a.group + index % a.group, end = (item + 1) * at_once * ITEM_TILES;
   Blocks blocks = a.sizes;
   blocks.keys = a.keys + kv * n_blocks(a) * a.sizes.key_bytes;
   blocks.values = a.values + kv * n_blocks(a) * a.sizes.value_bytes;
-  for (int64_t t = item * TILE * ITEM_TILES; t < end && t < a.n_new; t += TILE) {
-    const int n = int(a.n_new - t < TILE ? a.n_new - t : TILE);
-    const void* queries[TILE];
-    void* out[TILE];
+  for (int64_t t = item * at_once * ITEM_TILES; t < end && t < a.n_new; t += at_once) {
+    const int n = int(a.n_new - t < at_once ? a.n_new - t : at_once);
+    const void* queries[SIDE];
+    void* out[SIDE];
     for (int m = 0; m < n; m++) {
       const int64_t row = (b * a.n_new + t + m) * a.n_heads + head;
       queries[m] = a.query + row * a.past.key_width * a.bytes;
@@ -75,11 +80,11 @@ extern "C" int scheinfer_attend_prompt(const void* query, const void* key, const
     Attention a{k, static_cast<const char*>(query), static_cast<const char*>(key), static_cast<const char*>(value),
                 static_cast<char*>(out), nullptr, nullptr, shape[1], shape[4], heads / n_kv, heads, n_kv, bytes, key_at,
                 value_at, past, sizes};
-    const int64_t n_packed = batch * n_kv * n_blocks(a), per_kv = (a.n_new + TILE * ITEM_TILES - 1) / (TILE * ITEM_TILES);
+    const int64_t n_packed = batch * n_kv * n_blocks(a);
     a.keys = memory.at_least(size_t(n_packed * (sizes.key_bytes + sizes.value_bytes)));
     a.values = a.keys + n_packed * sizes.key_bytes;
     parallel(n_threads, n_packed, pack_block, &a);
-    parallel(n_threads, batch * heads * per_kv, attend_some, &a);
+    parallel(n_threads, batch * heads * n_items(a), attend_some, &a);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

@@ -1,6 +1,8 @@
 // What calls of the kernel share: memory that is kept, where rows of activations lie, room for a tile's results.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <new>
 
@@ -12,6 +14,9 @@ constexpr int64_t TOKENS_AT_ONCE = 240;  // their activations of one block of K 
 constexpr int64_t MANY = 96;             // tokens from which on dots_of_many is faster
 constexpr int64_t MANY_AT_ONCE = 512;    // of them
 constexpr int64_t MOST_ROWS = 64;        // of W in one item of work
+constexpr int64_t ENOUGH = 9;            // tokens from which on tiles are faster than rows, beyond steps of few
+
+constexpr size_t LARGE_PAGE = 2 << 20;   // bytes; tiles of a prompt lie in more small pages than a core has at hand
 
 struct Aligned {
   char* data = nullptr;
@@ -20,9 +25,11 @@ struct Aligned {
   char* at_least(size_t n) {
     if (n > size) {
       free(data);
-      data = static_cast<char*>(aligned_alloc(4096, (n + 4095) / 4096 * 4096));
+      const size_t page = n < LARGE_PAGE / 4 ? 4096 : LARGE_PAGE;
+      data = static_cast<char*>(aligned_alloc(page, (n + page - 1) / page * page));
       size = data ? n : 0;
       if (!data) throw std::bad_alloc();
+      if (page == LARGE_PAGE) madvise(data, (n + page - 1) / page * page, MADV_HUGEPAGE);
     }
     return data;
   }
@@ -44,6 +51,10 @@ inline int64_t stride_of(int64_t n, int64_t bytes) { return up_to(n, PAD) * byte
 
 inline bool are_many(const Kernels* k, int64_t tokens) { return k->dots_of_many && tokens >= MANY; }
 inline auto dots_of(const Kernels* k, int64_t tokens) { return are_many(k, tokens) ? k->dots_of_many : k->dots; }
+
+inline bool by_tiles(const Kernels* k, int64_t tokens) { return k->tiles && tokens >= ENOUGH; }
+inline int64_t blocks_of(int64_t tokens) { return (tokens + SIDE - 1) / SIDE; }
+inline int64_t block_bytes(int64_t n) { return up_to(n, PAD) * SIDE * 2; }
 
 // Tokens in as few chunks as possible, of sizes as equal as possible; all of them many or none.
 struct Chunks {
@@ -76,6 +87,9 @@ void for_rows(int n_threads, int64_t n, int64_t width, const Work& work) {
       },
       &context);
 }
+
+// Whether CPU and system let this process multiply by tiles; asks for them.
+bool may_use_tiles();
 
 // Functions for a dtype of weights; null where this CPU lacks the instruction set or they were not compiled.
 const Kernels* kernels(int isa, int dtype);

@@ -1,0 +1,54 @@
+// What multiplies by tiles shares: their shapes, operands packed for them, what comes out of them by rows.
+#pragma once
+
+#include "avx512.h"
+
+namespace scheinfer {
+namespace {
+
+constexpr int64_t STEP = 32, LINE = 64, TILE_BYTES = 1024, HALF = STRIP_ROWS / 2;
+
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start = 0, none[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+alignas(64) constexpr TileShapes shapes;
+
+inline void written() { asm volatile("" ::: "memory"); }  // tile loads do not tell the compiler what they read
+
+inline __mmask32 first_of(int64_t n) { return n >= 32 ? ~__mmask32(0) : n > 0 ? (__mmask32(1) << n) - 1 : 0; }
+inline __mmask16 first16_of(int64_t n) { return __mmask16(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0); }
+
+void pack(const void* const* rows, int64_t n_rows, int64_t K, void* block) {
+  char* to = static_cast<char*>(block);
+  for (int64_t k = 0; k < K; k += STEP, to += TILE_BYTES) {
+    __m512i v[SIDE];
+#pragma GCC unroll 16
+    for (int i = 0; i < SIDE; i++)
+      v[i] = i < n_rows ? _mm512_maskz_loadu_epi16(first_of(K - k), static_cast<const Bf16*>(rows[i]) + k)
+                        : _mm512_setzero_si512();
+    transpose(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < SIDE; i++) _mm512_store_si512(to + i * LINE, v[i]);
+  }
+}
+
+// Two rows of 16 floats as 16 pairs of bfloat16.
+inline __m512i pairs_of(__m512 one, __m512 other) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(other, one));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+}
+
+// 16 rows of a strip from one on, by token.
+inline void by_token(const float* sums, int64_t row, __m512i (&v)[SIDE]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < SIDE; i++) v[i] = _mm512_load_si512(sums + (row + i) * SIDE);
+  transpose(v);
+}
+
+}  // namespace
+}  // namespace scheinfer
