@@ -1,6 +1,6 @@
 """How near to the machine's limit does the CPU compute MLPs and experts, and is any path of torch nearer?
 
-    python -m experiments.cpu_kernels            2 minutes on 2 cores; writes experiments/results/cpu_kernels/
+    python -m experiments.cpu_kernels            3 minutes on 2 cores; writes experiments/results/cpu_kernels/
     python -m experiments.cpu_kernels --smoke    seconds on tiny shapes; writes nowhere unless --out is given
 
 One gated MLP or a layer's experts, the same weights by every path: the native kernel, torch's F.linear and mv, oneDNN
@@ -39,6 +39,7 @@ from runtime.pages import large_pages
 Path_ = Callable[[int], object]
 """Compute with the i-th of several equal sets of weights."""
 _READ_BYTES, _POOL_BYTES = 256 << 20, 320 << 20  # many times the cache
+_REST_S = 0.05  # torch's threads spin for a while after they worked, on a core that the next path needs
 _DTYPES = ("bfloat16", "float32", "float16")
 
 
@@ -211,6 +212,7 @@ def measure(kernel: Kernel, shape: Shape, n_tokens: int, n_rounds: int, inductor
 
 
 def _seconds(compute: Path_, i: int) -> float:
+    time.sleep(_REST_S)
     start_s = time.perf_counter()
     compute(i)
     return time.perf_counter() - start_s

@@ -54,6 +54,7 @@ struct Kernels {
   int activation_bytes;
   // What dots computes, of many tokens; sums are in another order. Null where dots is as fast.
   decltype(dots) dots_of_many = nullptr;
+  int64_t many = 0;  // tokens from which on it is faster
   // A prompt's attention; null without AVX-512. Blocks of keys and values, up to 6 neighbouring queries of a head.
   void (*pack_keys)(const void* keys, int64_t n_keys, const Past& past, void* panel) = nullptr;
   void (*pack_values)(const void* values, int64_t n_keys, const Past& past, void* panel) = nullptr;

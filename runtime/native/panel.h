@@ -2,8 +2,8 @@
 //
 // 48 rows are transposed by dwords (a float, or a pair of bfloat16) into a panel that stays in the second cache and is
 // used for all tokens; narrower weights than activations are widened on the way. A tile needs one line of a token's
-// activations in 16 steps, so little that what siblings leave of the first cache is enough. Sums run through a block of
-// K dword after dword whatever the threads and other tokens, but not in the order of tile.h.
+// activations in 16 steps, so little that what siblings leave of the first cache is enough. Sums run through K dword
+// after dword, in blocks, whatever the threads and other tokens, but not in the order of tile.h.
 #pragma once
 
 #include "prompt.h"
@@ -15,6 +15,8 @@ template <class T>
 constexpr int64_t EACH = T::STEP / 16;  // columns in a dword
 template <class T>
 constexpr int64_t AT_ONCE = PANEL_K / 2 * EACH<T>;  // columns of a panel
+template <class T>
+constexpr int64_t IN_A_ROW = EACH<T> > 1 ? AT_ONCE<T> : 256;  // added one after the other: floats lose by long sums
 
 // Rows as [dword][row], zeros beyond them; 16 rows after the other: reading 48 at once takes a third longer.
 template <class T>
@@ -65,7 +67,7 @@ void from_panel(const char* panel, int64_t n_rows, int64_t n, const typename T::
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
-      sum[m][r] = k0 ? _mm512_maskz_loadu_ps(rows[r], out + m * out_stride + 16 * r) : _mm512_setzero_ps();
+      sum[m][r] = k0 && EACH<T> > 1 ? _mm512_maskz_loadu_ps(rows[r], out + m * out_stride + 16 * r) : _mm512_setzero_ps();
   const typename T::Input* from[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++) from[m] = x[m] + k0;
@@ -86,7 +88,11 @@ void from_panel(const char* panel, int64_t n_rows, int64_t n, const typename T::
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) _mm512_mask_storeu_ps(out + m * out_stride + 16 * r, rows[r], sum[m][r]);
+    for (int r = 0; r < R; r++) {
+      float* to = out + m * out_stride + 16 * r;
+      if (k0 && EACH<T> == 1) sum[m][r] = _mm512_add_ps(_mm512_maskz_loadu_ps(rows[r], to), sum[m][r]);
+      _mm512_mask_storeu_ps(to, rows[r], sum[m][r]);
+    }
 }
 
 template <class T, int R, int M>
@@ -137,8 +143,10 @@ void dots_of_many(const void* w, int64_t rows, int64_t K, const void* const* inp
         for (int64_t t = tiles.first(i + 1); t < tokens && t < tiles.first(i + 1) + MOST; t++)
           for (int64_t k = 0; k < now.n && k < BEGINNING; k += T::STEP) __builtin_prefetch(x[t] + k0 + k, 0, 3);
         const int64_t t = tiles.first(i);
-        from_panel_of<T, PANEL_ROWS / 16, MOST>(tiles.n_tokens(i), panel, now.rows, now.n, x + t, k0,
-                                                out + t * out_stride + r, out_stride, ahead);
+        for (int64_t k = 0; k < now.n; k += IN_A_ROW<T>)
+          from_panel_of<T, PANEL_ROWS / 16, MOST>(
+              tiles.n_tokens(i), panel + k / EACH<T> * ((now.rows + 15) / 16 * 64), now.rows,
+              now.n - k < IN_A_ROW<T> ? now.n - k : IN_A_ROW<T>, x + t, k0 + k, out + t * out_stride + r, out_stride, ahead);
       }
     }
 }
@@ -148,6 +156,7 @@ const Kernels* panel_kernels_of() {
   static const Kernels found = [] {
     Kernels k = *prompt_kernels_of<T>();
     k.dots_of_many = dots_of_many<T>;
+    k.many = EACH<T> > 1 ? 96 : sizeof(typename T::Weight) < 4 ? 32 : 48;  // tiles widen the narrow ones, too
     return k;
   }();
   return &found;
