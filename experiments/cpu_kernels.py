@@ -1,13 +1,13 @@
 """How near to the machine's limit does the CPU compute MLPs and experts, and is any path of torch nearer?
 
-    python -m experiments.cpu_kernels            3 minutes on 2 cores; writes experiments/results/cpu_kernels/
+    python -m experiments.cpu_kernels            4 minutes on 2 cores; writes experiments/results/cpu_kernels/
     python -m experiments.cpu_kernels --smoke    seconds on tiny shapes; writes nowhere unless --out is given
 
 One gated MLP or a layer's experts, the same weights by every path: the native kernel, torch's F.linear and mv, oneDNN
 and MKL with weights packed beforehand, inductor with constant weights and max-autotune (--inductor, minutes more).
-Paths take turns within each round, beside a loop that reads memory and does nothing else. A path's bandwidth is weight
-bytes over time; its share divides by the read loop's median over the same rounds. The spread is half of the distance
-between quartiles over the median.
+Paths take turns within each round, each after a rest and a call that is not timed, beside a loop that reads memory and
+does nothing else. A path's bandwidth is weight bytes over time; its share divides by the read loop's median over the
+same rounds. The spread is half of the distance between quartiles over the median.
 
 One should see the native kernel near the read loop at one token in every dtype, torch's bfloat16 at half to three
 quarters of it, and for prompts a bfloat16 rate far above what float32 reaches by any path.
@@ -213,8 +213,9 @@ def measure(kernel: Kernel, shape: Shape, n_tokens: int, n_rounds: int, inductor
 
 def _seconds(compute: Path_, i: int) -> float:
     time.sleep(_REST_S)
+    compute(2 * i)  # wakes its own threads
     start_s = time.perf_counter()
-    compute(i)
+    compute(2 * i + 1)
     return time.perf_counter() - start_s
 
 
