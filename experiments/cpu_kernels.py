@@ -100,13 +100,16 @@ def paths(kernel: Kernel, weights: Weights, x: Tensor, inductor: bool) -> Iterat
     rows, ones = torch.arange(x.shape[0]), torch.ones(x.shape[0])
     one_set = [(rows, ones)] * weights.shape.n_experts
 
+    pieces = [weights.pieces(i) for i in range(weights.n_sets)]
+    sets = [[(r, w, [p]) for (r, w), p in zip(one_set, own, strict=True)] for own in pieces]
+
     def experts(i: int) -> list[tuple[Tensor, Tensor, list[Piece]]]:
-        return [(r, w, [piece]) for (r, w), piece in zip(one_set, weights.pieces(i), strict=True)]
+        return sets[i % weights.n_sets]
 
     yield f"native {kernel.isa}", lambda i: kernel.mlp(x, experts(i), 0)
     yield "F.linear", lambda i: torch_routed_mlp(x, experts(i), silu)
     if x.shape[0] == 1:
-        yield "mv", lambda i: [_by_mv(x[0], piece) for piece in weights.pieces(i)]
+        yield "mv", lambda i: [_by_mv(x[0], piece) for piece in pieces[i % weights.n_sets]]
     if weights.dtype != torch.float16:
         yield "oneDNN packed", _packed(x, [_onednn(piece, x.shape[0]) for piece in weights.pieces(0)])
     if weights.dtype == torch.float32 and torch._C.has_mkl:
@@ -177,6 +180,7 @@ def _compiled(x: Tensor, pieces: Sequence[Piece]) -> Path_:
 def measure(kernel: Kernel, shape: Shape, n_tokens: int, n_rounds: int, inductor: bool) -> list[dict[str, Any]]:
     """A row per dtype and path, all of them and the read loop taking turns in every round."""
     read = large_pages(torch.empty(_READ_BYTES if shape.size > 1 << 20 else 1 << 20, dtype=torch.uint8)).fill_(1)
+    rest_s = _REST_S if shape.size > 1 << 20 else 0.0
     cases: list[tuple[str, str, int, Path_]] = []
     for name in _DTYPES:
         weights = Weights(shape, getattr(torch, name))
@@ -186,8 +190,8 @@ def measure(kernel: Kernel, shape: Shape, n_tokens: int, n_rounds: int, inductor
     read_s: list[float] = []
     for i in range(-1, n_rounds):  # the first round warms up
         for found, (_, _, _, compute) in zip(seconds, cases, strict=True):
-            found.append(_seconds(compute, i))
-        read_s.append(_seconds(lambda _: kernel.read(read), i))
+            found.append(_seconds(compute, i, rest_s))
+        read_s.append(_seconds(lambda _: kernel.read(read), i, rest_s))
     bandwidth = read.nbytes / median(read_s[1:])
     flops = 2.0 * n_tokens * shape.size * shape.n_experts
     return [
@@ -211,8 +215,8 @@ def measure(kernel: Kernel, shape: Shape, n_tokens: int, n_rounds: int, inductor
     ]
 
 
-def _seconds(compute: Path_, i: int) -> float:
-    time.sleep(_REST_S)
+def _seconds(compute: Path_, i: int, rest_s: float) -> float:
+    time.sleep(rest_s)
     compute(2 * i)  # wakes its own threads
     start_s = time.perf_counter()
     compute(2 * i + 1)
