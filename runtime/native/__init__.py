@@ -4,7 +4,7 @@ Compiled when the package is installed (hatch_build.py). SCHEINFER_KERNEL says w
 `auto` (the default) takes the native kernel for what it can compute and torch for the rest, `native` insists
 that it is there, `torch` never uses it. Sums are float32; between an MLP's products the values are float32, or
 bfloat16 on CPUs that multiply it, where torch rounds to the weights' dtype three times. A result depends neither on
-threads nor on other rows, but that AVX-512 sums many rows' products in another order (panel.h; from 32, 48 or 96 rows on).
+threads nor on other rows, but that AVX-512 sums many rows' products in another order (panel.h: from 32, 48 or 96 on).
 """
 
 from __future__ import annotations
