@@ -1,13 +1,13 @@
 """How near to the machine's limit does the CPU compute MLPs and experts, and is any path of torch nearer?
 
-    python -m experiments.cpu_kernels            2 minutes on 2 cores; writes experiments/results/cpu_kernels/
+    python -m experiments.cpu_kernels            4 minutes on 2 cores; writes experiments/results/cpu_kernels/
     python -m experiments.cpu_kernels --smoke    seconds on tiny shapes; writes nowhere unless --out is given
 
 One gated MLP or a layer's experts, the same weights by every path: the native kernel, torch's F.linear and mv, oneDNN
 and MKL with weights packed beforehand, inductor with constant weights and max-autotune (--inductor, minutes more).
-Paths take turns within each round, beside a loop that reads memory and does nothing else. A path's bandwidth is weight
-bytes over time; its share divides by the read loop's median over the same rounds. The spread is half of the distance
-between quartiles over the median.
+Paths take turns within each round, each after a rest and a call that is not timed, beside a loop that reads memory and
+does nothing else. A path's bandwidth is weight bytes over time; its share divides by the read loop's median over the
+same rounds. The spread is half of the distance between quartiles over the median.
 
 One should see the native kernel near the read loop at one token in every dtype, torch's bfloat16 at half to three
 quarters of it, and for prompts a bfloat16 rate far above what float32 reaches by any path.
@@ -39,6 +39,7 @@ from runtime.pages import large_pages
 Path_ = Callable[[int], object]
 """Compute with the i-th of several equal sets of weights."""
 _READ_BYTES, _POOL_BYTES = 256 << 20, 320 << 20  # many times the cache
+_REST_S = 0.05  # torch's threads spin for a while after they worked, on a core that the next path needs
 _DTYPES = ("bfloat16", "float32", "float16")
 
 
@@ -99,13 +100,16 @@ def paths(kernel: Kernel, weights: Weights, x: Tensor, inductor: bool) -> Iterat
     rows, ones = torch.arange(x.shape[0]), torch.ones(x.shape[0])
     one_set = [(rows, ones)] * weights.shape.n_experts
 
+    pieces = [weights.pieces(i) for i in range(weights.n_sets)]
+    sets = [[(r, w, [p]) for (r, w), p in zip(one_set, own, strict=True)] for own in pieces]
+
     def experts(i: int) -> list[tuple[Tensor, Tensor, list[Piece]]]:
-        return [(r, w, [piece]) for (r, w), piece in zip(one_set, weights.pieces(i), strict=True)]
+        return sets[i % weights.n_sets]
 
     yield f"native {kernel.isa}", lambda i: kernel.mlp(x, experts(i), 0)
     yield "F.linear", lambda i: torch_routed_mlp(x, experts(i), silu)
     if x.shape[0] == 1:
-        yield "mv", lambda i: [_by_mv(x[0], piece) for piece in weights.pieces(i)]
+        yield "mv", lambda i: [_by_mv(x[0], piece) for piece in pieces[i % weights.n_sets]]
     if weights.dtype != torch.float16:
         yield "oneDNN packed", _packed(x, [_onednn(piece, x.shape[0]) for piece in weights.pieces(0)])
     if weights.dtype == torch.float32 and torch._C.has_mkl:
@@ -176,6 +180,7 @@ def _compiled(x: Tensor, pieces: Sequence[Piece]) -> Path_:
 def measure(kernel: Kernel, shape: Shape, n_tokens: int, n_rounds: int, inductor: bool) -> list[dict[str, Any]]:
     """A row per dtype and path, all of them and the read loop taking turns in every round."""
     read = large_pages(torch.empty(_READ_BYTES if shape.size > 1 << 20 else 1 << 20, dtype=torch.uint8)).fill_(1)
+    rest_s = _REST_S if shape.size > 1 << 20 else 0.0
     cases: list[tuple[str, str, int, Path_]] = []
     for name in _DTYPES:
         weights = Weights(shape, getattr(torch, name))
@@ -185,8 +190,8 @@ def measure(kernel: Kernel, shape: Shape, n_tokens: int, n_rounds: int, inductor
     read_s: list[float] = []
     for i in range(-1, n_rounds):  # the first round warms up
         for found, (_, _, _, compute) in zip(seconds, cases, strict=True):
-            found.append(_seconds(compute, i))
-        read_s.append(_seconds(lambda _: kernel.read(read), i))
+            found.append(_seconds(compute, i, rest_s))
+        read_s.append(_seconds(lambda _: kernel.read(read), i, rest_s))
     bandwidth = read.nbytes / median(read_s[1:])
     flops = 2.0 * n_tokens * shape.size * shape.n_experts
     return [
@@ -210,9 +215,11 @@ def measure(kernel: Kernel, shape: Shape, n_tokens: int, n_rounds: int, inductor
     ]
 
 
-def _seconds(compute: Path_, i: int) -> float:
+def _seconds(compute: Path_, i: int, rest_s: float) -> float:
+    time.sleep(rest_s)
+    compute(2 * i)  # wakes its own threads
     start_s = time.perf_counter()
-    compute(i)
+    compute(2 * i + 1)
     return time.perf_counter() - start_s
 
 

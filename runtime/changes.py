@@ -8,8 +8,12 @@ import torch
 
 from runtime import native
 
-_LAST_BY_ROWS = 24
-"""Tokens up to which the kernel takes weights row by row, beyond by blocks of columns (runtime/native/tile.h)."""
+_BY_BLOCKS = 25
+"""Tokens from which on the kernel takes weights by blocks of columns, not row by row (runtime/native/tile.h)."""
+_BY_PANELS = {"float32": 48, "float16": 32, "bfloat16": 96}
+"""Tokens from which on AVX-512 lays weights out first (runtime/native/panel.h)."""
+_BY_TILES = 9
+"""Tokens from which on AMX multiplies bfloat16 (runtime/native/amx.h)."""
 
 
 def beside_changes(n_tokens: Iterable[int], dtype: str) -> tuple[int, ...]:
@@ -18,8 +22,18 @@ def beside_changes(n_tokens: Iterable[int], dtype: str) -> tuple[int, ...]:
     Of changes beyond the kernel's tiles of few tokens, which lie so close that calibration measures every count there.
     """
     known = set(n_tokens)
-    numbers: torch.dtype = getattr(torch, dtype)
-    leaves = [native.leaves_to_torch(numbers, n) for n in range(max(known) + 1)]
-    firsts = {_LAST_BY_ROWS + 1, *(n for n in range(1, len(leaves)) if leaves[n] != leaves[n - 1])}
-    beside = {n for first in firsts if min(known) < first <= max(known) for n in (first - 1, first)}
+    beside = {n for first in _firsts(dtype, max(known)) if min(known) < first <= max(known) for n in (first - 1, first)}
     return tuple(sorted(known | beside))
+
+
+def _firsts(dtype: str, most: int) -> set[int]:
+    """Token counts up to `most` from which on another kernel computes."""
+    numbers: torch.dtype = getattr(torch, dtype)
+    leaves = [native.leaves_to_torch(numbers, n) for n in range(most + 1)]
+    by_torch = {n for n in range(1, len(leaves)) if leaves[n] != leaves[n - 1]}
+    kernel = native.kernel()
+    if kernel is None:
+        return by_torch
+    if dtype == "bfloat16" and kernel.isa == "AMX_BF16":
+        return {_BY_TILES}
+    return by_torch | {_BY_BLOCKS} | ({_BY_PANELS[dtype]} if kernel.attends_prompts else set())

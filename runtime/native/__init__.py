@@ -4,7 +4,7 @@ Compiled when the package is installed (hatch_build.py). SCHEINFER_KERNEL says w
 `auto` (the default) takes the native kernel for what it can compute and torch for the rest, `native` insists
 that it is there, `torch` never uses it. Sums are float32; between an MLP's products the values are float32, or
 bfloat16 on CPUs that multiply it, where torch rounds to the weights' dtype three times. A result depends neither on
-threads nor on other rows, but that such a CPU sums products of 96 rows and more in another order, with AMX those of 9.
+threads nor on other rows, but that many rows are summed in another order (panel.h: 32, 48 or 96 and more; amx.h: 9).
 """
 
 from __future__ import annotations

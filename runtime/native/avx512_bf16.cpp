@@ -41,12 +41,7 @@ struct Pairs {
 }  // namespace
 
 const Kernels* avx512_bf16_kernels(int dtype) {
-  static const Kernels pairs = [] {
-    Kernels k = *prompt_kernels_of<Pairs>();
-    k.dots_of_many = dots_of_many<Pairs>;
-    return k;
-  }();
-  return dtype == BF16 ? &pairs : avx512_kernels(dtype);
+  return dtype == BF16 ? panel_kernels_of<Pairs>() : avx512_kernels(dtype);
 }
 
 }  // namespace scheinfer

@@ -88,6 +88,7 @@ struct Kernels {
   int activation_bytes;
   // What dots computes, of many tokens; sums are in another order. Null where dots is as fast.
   decltype(dots) dots_of_many = nullptr;
+  int64_t many = 0;                    // tokens from which on it is faster
   const TileKernels* tiles = nullptr;  // of many tokens, too; null where the instruction set has none
   // A prompt's attention; null without AVX-512. Blocks of keys and values, up to so many neighbouring queries of a head.
   int attends_at_once = 6;

@@ -83,7 +83,7 @@ void project(void* context, int64_t index) {
   const Item& item = call.items[size_t(index)];
   const Projection& p = *item.of;
   Scratch& s = scratch();
-  const int64_t n = item.last - item.first, next = index + (call.S > 1 ? call.n_threads : 1);
+  const int64_t n = item.last - item.first, next = index + call.n_threads;
   const bool follows = next < int64_t(call.items.size()) && call.items[size_t(next)].last - call.items[size_t(next)].first >= n;
   const char *w = weights_of(call, item), *later = follows ? weights_of(call, call.items[size_t(next)]) : nullptr;
   float bias[MOST_ROWS + PAD] = {};

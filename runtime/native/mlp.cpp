@@ -188,10 +188,10 @@ void add_down(const Call& call, const Expert& expert, const Piece& piece, int64_
     const int64_t t0 = chunks.first(i), tokens = chunks.first(i + 1) - t0;
     const void* h[MANY_AT_ONCE];
     for (int64_t t = 0; t < tokens; t++) h[t] = piece.h + (t0 + t) * piece.stride;
-    dots(down, n, piece.columns, h, tokens, s.one, MOST_ROWS, i + 1 < chunks.n() ? nullptr : later, s.wide);
+    dots(down, n, piece.columns, h, tokens, s.one, n, i + 1 < chunks.n() ? nullptr : later, s.wide);
     for (int64_t t = 0; t < tokens; t++) {
       float* sum = sums + (expert.rows ? expert.rows[t0 + t] : t0 + t) * n;
-      const float weight = expert.weights ? expert.weights[t0 + t] : 1.0f, *part = s.one + t * MOST_ROWS;
+      const float weight = expert.weights ? expert.weights[t0 + t] : 1.0f, *part = s.one + t * n;
       for (int64_t i = 0; i < n; i++) sum[i] += weight * part[i];
     }
   }
@@ -253,6 +253,16 @@ bool all_tiled(const Call& call) {
   return true;
 }
 
+// Rows of down in an item: of one token and small experts more, since reading short streams takes longer (tile.h).
+int64_t most_of_down(const Call& call) {
+  constexpr int64_t WORTH = 1 << 18;  // bytes
+  int64_t longest = MOST_ROWS;
+  for (const Part& part : call.parts)
+    if (part.piece->columns * call.weight_bytes * longest < WORTH)
+      longest = up_to(WORTH / (part.piece->columns * call.weight_bytes + 1) + 1, ROWS);
+  return call.S > 1 ? MOST_ROWS : longest < 3 * MOST_ROWS ? longest : 3 * MOST_ROWS;
+}
+
 void share_out(Call& call, Memory& memory, int n_threads) {
   size_t total = 0;
   int64_t n_columns = 0;
@@ -280,7 +290,7 @@ void share_out(Call& call, Memory& memory, int n_threads) {
     expert.blocks = blocks;
     if (expert.tiled) blocks += blocks_of(expert.n_rows) * block_bytes(call.D);
   }
-  call.at_once = call.blocks.empty() ? rows_at_once(call.D, n_threads, many) : STRIP_ROWS;
+  call.at_once = call.blocks.empty() ? rows_at_once(call.D, n_threads, many, most_of_down(call)) : STRIP_ROWS;
 }
 
 }  // namespace

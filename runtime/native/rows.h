@@ -11,7 +11,6 @@
 namespace scheinfer {
 
 constexpr int64_t TOKENS_AT_ONCE = 240;  // their activations of one block of K are at most 1 MiB
-constexpr int64_t MANY = 96;             // tokens from which on dots_of_many is faster
 constexpr int64_t MANY_AT_ONCE = 512;    // of them
 constexpr int64_t MOST_ROWS = 64;        // of W in one item of work
 constexpr int64_t ENOUGH = 9;            // tokens from which on tiles are faster than rows, beyond steps of few
@@ -49,7 +48,7 @@ inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / 
 // Rows of activations end in zeros, and begin where no two of them share a set of the cache.
 inline int64_t stride_of(int64_t n, int64_t bytes) { return up_to(n, PAD) * bytes + 64; }
 
-inline bool are_many(const Kernels* k, int64_t tokens) { return k->dots_of_many && tokens >= MANY; }
+inline bool are_many(const Kernels* k, int64_t tokens) { return k->dots_of_many && tokens >= k->many; }
 inline auto dots_of(const Kernels* k, int64_t tokens) { return are_many(k, tokens) ? k->dots_of_many : k->dots; }
 
 inline bool by_tiles(const Kernels* k, int64_t tokens) { return k->tiles && tokens >= ENOUGH; }
@@ -65,8 +64,8 @@ struct Chunks {
 };
 
 // Rows of W in one item of work, so that each thread gets several; whole panels if they are of many tokens.
-inline int64_t rows_at_once(int64_t n, int n_threads, bool many) {
-  const int64_t share = up_to(n / (8 * n_threads) + 1, ROWS), most = many ? PANEL_ROWS : MOST_ROWS;
+inline int64_t rows_at_once(int64_t n, int n_threads, bool many, int64_t at_most = MOST_ROWS) {
+  const int64_t share = up_to(n / (8 * n_threads) + 1, ROWS), most = many ? PANEL_ROWS : at_most;
   return share < most ? share : most;
 }
 

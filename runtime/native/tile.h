@@ -80,6 +80,9 @@ inline float act_of(float v, int act) {
 
 // -- tiles -----------------------------------------------------------------------------------------------------------
 
+template <class Element>
+constexpr int64_t line = 64 / int64_t(sizeof(Element));  // of the cache, in elements
+
 // T: Weight, Input (element types), W (vector of weights), X, Sum (vectors), STEP elements per vector, BLOCK of K, TOKENS
 // AHEAD rows of weights that come later are fetched meanwhile.
 template <class T, int R, int M, int AHEAD>
@@ -93,20 +96,26 @@ void tile(const typename T::Weight* w, int64_t stride, int64_t n, const typename
   const typename T::Input* rows[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++) rows[m] = x[m] + k0;
-  int64_t k = 0;
-  for (; k + T::STEP <= n; k += T::STEP) {
+  const auto step = [&](int64_t k) {
     typename T::W wv[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) wv[r] = T::load_weights(w + r * stride + k);
-#pragma GCC unroll 16
-    for (int r = 0; r < AHEAD; r++) __builtin_prefetch(ahead + r * stride + k, 0, 3);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
       const typename T::X xv = T::load_input(rows[m] + k);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) sum[m][r] = T::add(sum[m][r], wv[r], xv);
     }
+  };
+  constexpr int64_t LINE = line<typename T::Weight> > T::STEP ? line<typename T::Weight> : T::STEP;
+  int64_t k = 0;
+  for (; k + LINE <= n; k += LINE) {
+#pragma GCC unroll 16
+    for (int r = 0; r < AHEAD; r++) __builtin_prefetch(ahead + r * stride + k, 0, 3);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < LINE; i += T::STEP) step(k + i);
   }
+  for (; k + T::STEP <= n; k += T::STEP) step(k);
   if (k < n) {  // x goes on with zeros, W does not
     alignas(64) typename T::Weight rest[R][T::STEP];
     memset(rest, 0, sizeof(rest));
@@ -144,6 +153,8 @@ void tile_of(int tokens, int n_ahead, const typename T::Weight* w, int64_t strid
   }
 }
 
+constexpr int64_t FEW = 4;  // tiles of tokens
+
 // Tokens in as few tiles as possible, of sizes as equal as possible: small ones leave the multipliers waiting.
 struct Tiles {
   int64_t tokens, n;
@@ -165,33 +176,24 @@ void group(const typename T::Weight* w, int64_t stride, int64_t n, const typenam
                            ahead + (ahead ? first * stride : 0));
 }
 
-// One tile of tokens: weights come from memory once, fastest in four streams without gaps, which the CPU fetches ahead by
-// itself. Neighbouring rows, each group's next one fetched by hand, came at 0.8 to 0.9 of that rate.
+// Few tokens: weights come from memory once, fastest in four streams without gaps, each fetched some lines ahead by hand;
+// at their end the beginnings of the streams that are needed next. CPUs differ in how far they read ahead by themselves.
 template <class T>
 void stream(const typename T::Weight* w, int64_t rows, int64_t K, const typename T::Input* const* x, int64_t tokens,
-            float* out, int64_t out_stride) {
-  const int64_t share = rows / ROWS;
-  for (int64_t r = 0; r < share; r++, w += K) {
-    float found[T::TOKENS * ROWS];
-    for (int64_t k0 = 0; k0 < K; k0 += T::BLOCK)
-      tile_of<T, ROWS, T::TOKENS>(int(tokens), 0, w + k0, share * K, K - k0 < T::BLOCK ? K - k0 : T::BLOCK, x, k0, found,
-                                  ROWS, nullptr);
+            float* out, int64_t out_stride, const typename T::Weight* next) {
+  constexpr int64_t AHEAD = 32 * line<typename T::Weight>;
+  const int64_t share = rows / ROWS, end = share * K;
+  const Tiles tiles = tiles_of<T>(tokens);
+  for (int64_t r = 0; r < share; r++) {
+    float found[FEW * T::TOKENS * ROWS];
+    for (int64_t k0 = 0; k0 < K; k0 += T::BLOCK) {
+      const int64_t n = K - k0 < T::BLOCK ? K - k0 : T::BLOCK, at = r * K + k0, fetched = at + AHEAD;
+      const typename T::Weight* ahead = fetched + n / 2 < end ? w + fetched : next ? next + (fetched > end ? fetched - end : 0) : nullptr;
+      for (int64_t i = 0; i < tiles.n; i++) group<T, ROWS>(w + at, end, n, x, k0, found, ROWS, ahead, tiles, i);
+    }
     for (int64_t t = 0; t < tokens; t++)
       for (int64_t i = 0; i < ROWS; i++) out[t * out_stride + i * share + r] = found[t * ROWS + i];
   }
-}
-
-// Few tokens: along the rows of W, which come from memory.
-template <class T>
-void few(const typename T::Weight* w, int64_t rows, int64_t K, const typename T::Input* const* x, int64_t tokens,
-         float* out, int64_t out_stride, const typename T::Weight* next) {
-  const Tiles tiles = tiles_of<T>(tokens);
-  for (int64_t r = 0; r < rows; r += ROWS, w += ROWS * K, out += ROWS)
-    for (int64_t k0 = 0; k0 < K; k0 += T::BLOCK) {
-      const int64_t n = K - k0 < T::BLOCK ? K - k0 : T::BLOCK;
-      const typename T::Weight* ahead = r + 2 * ROWS <= rows ? w + ROWS * K + k0 : next ? next + k0 : nullptr;
-      for (int64_t i = 0; i < tiles.n; i++) group<T, ROWS>(w + k0, K, n, x, k0, out, out_stride, ahead, tiles, i);
-    }
 }
 
 // Many tokens: a tile of x stays in the first cache, a block of W and all of x's in the second.
@@ -229,10 +231,8 @@ void dots(const void* weights, int64_t rows, int64_t K, const void* const* input
   const auto *w = static_cast<const typename T::Weight*>(weights), *next = static_cast<const typename T::Weight*>(later);
   const auto* x = reinterpret_cast<const typename T::Input* const*>(inputs);
   const int64_t whole = rows / ROWS * ROWS;
-  if (tokens <= T::TOKENS)
-    stream<T>(w, whole, K, x, tokens, out, out_stride);
-  else if (tokens <= 4 * T::TOKENS)
-    few<T>(w, whole, K, x, tokens, out, out_stride, next);
+  if (tokens <= FEW * T::TOKENS)
+    stream<T>(w, whole, K, x, tokens, out, out_stride, next);
   else if constexpr (sizeof(typename T::Weight) < sizeof(typename T::Input))
     widened<T>(w, whole, K, x, tokens, out, out_stride, scratch);
   else
