@@ -82,6 +82,16 @@ checks = [
 ]
 display(pd.DataFrame(checks).set_index("number"))
 
+# %% [markdown]
+# The same protocol on another machine, two louder cores of another maker, with the code of its day:
+
+# %%
+other = json.loads((results.parent / "fidelity-turin-2" / "config.json").read_text())
+print(f"{other['provenance']['host'].get('cpu', 'unknown CPU')}, commit {other['provenance']['commit']}")
+machines = {"this one": config["summary"], "the other": other["summary"]}
+beside = pd.DataFrame({name: {**s["checks"], "total time, measured twice": s["noise"]} for name, s in machines.items()})
+display(beside.map(lambda v: "" if pd.isna(v) else f"{v:.3f}"))
+
 
 # %%
 @styled
@@ -216,10 +226,10 @@ for label, prefix in (("with contention", "simulated_"), ("without", "isolated_"
 
 # %% [markdown]
 # **Takeaway.** Whoever runs the plan predicted best gives away nothing in any of six cells of workload and
-# memory, and 594 of 598 pairs of plans that differ by more than the noise are in their order: that is what a
-# simulator is for. Steps miss by 6 % in the median, throughput by 3 and the first token by 4, where the machine
-# itself repeats them within 5, 4 and 3: a neighbour on the same physical cores slowed them before and after three
-# of five runs. That is why the calibration has to see the same minutes; what a user is told by a calibration
-# before is right within 5 % of a generation's time in the median, 12 % for nine in ten. What is left is not only
-# noise: decode is 6 % too fast in the median, 8 to 12 % in the Llama's plans that share layers between CPU and
-# device, and not explained. `experiments/LOG.md` has the story.
+# memory, and all 635 pairs of plans that differ by more than the noise are in their order: that is what a
+# simulator is for. Steps miss by 2 % in the median and by 6 % for nine in ten, throughput by 2 and the first token
+# by 3, where the machine itself repeats them within 2, 12, 2 and 2. What a user is told by a calibration before is
+# right within 2.5 % of a generation's time in the median, 7 % for nine in ten. On the other machine a neighbour on the
+# same physical cores slowed two runs of three, and steps missed by 6 and 14 %. What is left: attention on the device
+# is 8 % too fast, most of it where columns are sent, since making a layer's tasks, which is Python's work and counts
+# as attention, is not in the model. `experiments/LOG.md` has the story.

@@ -31,6 +31,11 @@ class Memory:
         return self.ends + self.rest + self.gg + self.slots + self.cache + self.kv + self.activations
 
     @property
+    def loaded_bytes(self) -> int:
+        """What is there once a model is loaded, on either side: weights, slots and expert cache."""
+        return self.ends + self.rest + self.gg + self.slots + self.cache + self.host_weights
+
+    @property
     def host_bytes(self) -> int:
         """Everything a plan keeps in host memory."""
         return self.host_weights + self.host_kv

@@ -100,7 +100,7 @@ def _case(evidence: Evidence, case: Case, steps: pd.DataFrame) -> dict[str, obje
         "vram_bytes": case.peak_vram_bytes,
         "predicted_vram_bytes": need.vram_bytes,
         "loaded_bytes": case.loaded_bytes,
-        "predicted_loaded_bytes": need.ends + need.rest + need.gg + need.slots + need.host_weights,
+        "predicted_loaded_bytes": need.loaded_bytes,
         "others_load": case.others_load,
         "slowed": case.slowed,
     }
