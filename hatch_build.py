@@ -53,7 +53,8 @@ _X86: dict[str, tuple[str, ...]] = {
     "amx_bf16.cpp": (*_AVX512, "-mavx512bf16"),
 }
 _IF_KNOWN = {"amx_bf16.cpp": ("-mamx-tile", "-mamx-bf16")}
-"""Flags that older compilers lack; a source says without them that it has nothing."""
+"""Flags that older compilers or assemblers lack; a source says without them that it has nothing."""
+_PROBE = "#include <immintrin.h>\nvoid probe() { _tile_dpbf16ps(0, 1, 2); }\n"
 
 
 class BuildFailedError(Exception):
@@ -78,17 +79,20 @@ def build(folder: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = [str(Path(scratch) / f"{name}.o") for name in sources]
+        probe = Path(scratch) / "flags.cpp"
         for (name, flags), out in zip(sources.items(), objects, strict=True):
-            more = [] if name not in _IF_KNOWN or not _knows(cxx, _IF_KNOWN[name], asked) else _IF_KNOWN[name]
+            more = _IF_KNOWN[name] if name in _IF_KNOWN and _knows(cxx, _IF_KNOWN[name], asked, probe) else ()
             _run([cxx, *_COMMON, *flags, *more, *asked, "-c", str(folder / name), "-o", out])
         linked = Path(scratch) / LIBRARY
         _run([cxx, "-shared", "-pthread", *asked, *objects, "-o", str(linked)])
         linked.replace(target)  # at once: a process that has the old one mapped keeps it
 
 
-def _knows(cxx: str, flags: Sequence[str], asked: Sequence[str]) -> bool:
+def _knows(cxx: str, flags: Sequence[str], asked: Sequence[str], probe: Path) -> bool:
+    """Whether compiler and assembler do: a new compiler may come with an old assembler, which only `-c` runs."""
+    probe.write_text(_PROBE, encoding="ascii")
     try:
-        _run([cxx, *flags, *asked, "-x", "c++", "-fsyntax-only", os.devnull])
+        _run([cxx, *flags, *asked, "-c", str(probe), "-o", f"{probe}.o"])
     except BuildFailedError:
         return False
     return True

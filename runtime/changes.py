@@ -8,10 +8,11 @@ import torch
 
 from runtime import native
 
-_BY_BLOCKS = 25
-"""Tokens from which on the kernel takes weights by blocks of columns, not row by row (runtime/native/tile.h)."""
-_BY_PANELS = {"float32": 48, "float16": 32, "bfloat16": 96}
-"""Tokens from which on AVX-512 lays weights out first (runtime/native/panel.h)."""
+_BY_BLOCKS, _BY_BLOCKS_OF_SMALL_TILES = 25, 9
+"""Tokens from which on the kernel takes weights by blocks of columns, not row by row, with AVX-512 and without
+(runtime/native/tile.h)."""
+_BY_PANELS, _BY_PANELS_OF_PAIRS = {"float32": 48, "float16": 32, "bfloat16": 32}, 96
+"""Tokens from which on AVX-512 lays weights out first; bfloat16 where it multiplies pairs (runtime/native/panel.h)."""
 _BY_TILES = 9
 """Tokens from which on AMX multiplies bfloat16 (runtime/native/amx.h)."""
 
@@ -36,4 +37,7 @@ def _firsts(dtype: str, most: int) -> set[int]:
         return by_torch
     if dtype == "bfloat16" and kernel.isa == "AMX_BF16":
         return {_BY_TILES}
-    return by_torch | {_BY_BLOCKS} | ({_BY_PANELS[dtype]} if kernel.attends_prompts else set())
+    if not kernel.attends_prompts:
+        return by_torch | {_BY_BLOCKS_OF_SMALL_TILES}
+    pairs = dtype == "bfloat16" and kernel.multiplies_bfloat16
+    return by_torch | {_BY_BLOCKS, _BY_PANELS_OF_PAIRS if pairs else _BY_PANELS[dtype]}

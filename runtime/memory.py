@@ -24,7 +24,7 @@ from sim.memory import cache_slot_bytes, cache_slots, host_columns, slot_bytes
 from sim.model import ModelSpec
 from sim.plan import Plan, Tier
 
-_MOST_KEPT = 64  # an expert that a cache moves about is seen in every slot
+_MOST_KEPT = 8  # of an expert; one that a cache moves about is seen in hundreds of slots, and views of each take 1 KB
 
 
 def cuts(columns: int, gg: int, sent: Sequence[int]) -> tuple[int, ...]:
@@ -66,8 +66,9 @@ class ExpertStore:
             found, width = [], 3 * self.d_model
             for a, b in self.pieces(start, stop):
                 found.append(piece_views(flat[(a - start) * width : (b - start) * width], self.d_model, b - a))
-            if len(self._kept) < _MOST_KEPT:
-                self._kept[key] = found
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()
+            self._kept[key] = found
         return found
 
     def fill(self, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, after_each: Callable[[], object]) -> None:

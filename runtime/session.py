@@ -102,7 +102,7 @@ class PlannedModel(BoundModel):  # type: ignore[no-untyped-call]
         self.check_here()
         kwargs.setdefault("disable_compile", True)  # the executor cannot be traced
         executor = self.executor
-        if executor.plan.chunk_tokens is not None and self._uses_cache(kwargs):
+        if executor.plan.chunk_tokens is not None and self._uses_cache(args, kwargs):
             kwargs.setdefault("prefill_chunk_size", executor.plan.chunk_tokens)
         with executor.device.driving():
             executor.begin_run()
@@ -111,9 +111,10 @@ class PlannedModel(BoundModel):  # type: ignore[no-untyped-call]
             finally:
                 self.last_timeline, self.last_routing = executor.end_run(run_info(executor))
 
-    def _uses_cache(self, kwargs: dict[str, Any]) -> bool:
+    def _uses_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call of generate does: a prompt is not fed in chunks without one."""
-        config = kwargs.get("generation_config") or self.generation_config
+        given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        config = given or self.generation_config
         return kwargs.get("use_cache", config.use_cache) is not False
 
     def _prefill(self, *args: Any, **kwargs: Any) -> Any:

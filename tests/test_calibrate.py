@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,19 +62,27 @@ def yardstick(gigabytes_per_s: float) -> Part:
 # -- points -------------------------------------------------------------------------------------------
 
 
+def up_to(isa: str) -> native.Kernel:
+    return native.Kernel(ctypes.CDLL(None), native.ISAS[: native.ISAS.index(isa) + 1])
+
+
 def test_both_sides_of_a_change_of_kernel_are_measured(monkeypatch):
     monkeypatch.setattr(native, "leaves_to_torch", lambda dtype, n_rows: dtype is torch.bfloat16 and n_rows >= 40)
-    monkeypatch.setattr(native, "kernel", lambda: SimpleNamespace(isa="AVX2", attends_prompts=False))
-    assert beside_changes((1, 16, 64), "float32") == (1, 16, 24, 25, 64)
-    assert beside_changes((1, 16, 64), "bfloat16") == (1, 16, 24, 25, 39, 40, 64)
-    assert beside_changes((1, 4, 16), "bfloat16") == (1, 4, 16)
+    monkeypatch.setattr(native, "kernel", lambda: up_to("AVX2"))
+    assert beside_changes((1, 16, 64), "float32") == (1, 8, 9, 16, 64)
+    assert beside_changes((1, 16, 64), "bfloat16") == (1, 8, 9, 16, 39, 40, 64)
+    assert beside_changes((1, 4, 8), "bfloat16") == (1, 4, 8)
 
 
 def test_panels_and_tiles_are_other_kernels_and_torch_alone_has_one(monkeypatch):
     monkeypatch.setattr(native, "leaves_to_torch", lambda dtype, n_rows: False)
-    monkeypatch.setattr(native, "kernel", lambda: SimpleNamespace(isa="AMX_BF16", attends_prompts=True))
+    monkeypatch.setattr(native, "kernel", lambda: up_to("AMX_BF16"))
     assert beside_changes((1, 64), "float32") == (1, 24, 25, 47, 48, 64)
     assert beside_changes((1, 64), "bfloat16") == (1, 8, 9, 64)
+    monkeypatch.setattr(native, "kernel", lambda: up_to("AVX512_BF16"))
+    assert beside_changes((1, 128), "bfloat16") == (1, 24, 25, 95, 96, 128)
+    monkeypatch.setattr(native, "kernel", lambda: up_to("AVX512"))  # widens it
+    assert beside_changes((1, 128), "bfloat16") == (1, 24, 25, 31, 32, 128)
     monkeypatch.setattr(native, "kernel", lambda: None)
     assert beside_changes((1, 64), "float32") == (1, 64)
 

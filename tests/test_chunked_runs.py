@@ -109,4 +109,5 @@ def test_a_checkpoint_that_training_left_without_a_cache_generates_with_one(chun
         assert cached == model.generate(tokens(9), pad_token_id=0, use_cache=False, **asked).tolist()
         own = GenerationConfig(use_cache=False, pad_token_id=0, **asked)
         assert cached == model.generate(tokens(9), generation_config=own).tolist()
+        assert cached == model.generate(tokens(9), own).tolist()
         assert cached == eager(folder).generate(tokens(9), pad_token_id=0, **asked).tolist()

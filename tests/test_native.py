@@ -187,6 +187,18 @@ def test_nothing_is_read_beyond_weights_and_rows(kernel, isa, n_rows, d_model, c
     assert torch.equal(projected, kernel.linear(x.clone(), gate_up.clone(), None, isa))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_expert_may_name_a_row_many_times(kernel, isa, dtype):
+    if isa not in kernel.isas:
+        pytest.skip(f"this CPU has no {isa}")
+    x, piece = random_x(1, 200, dtype), random_piece(200, 24, dtype, 4)
+    rows, weights = torch.zeros(300, dtype=torch.int64), torch.full((300,), 1 / 256)
+    y = kernel.mlp(x, [(rows, weights, [piece])], 0, isa)
+    once = kernel.mlp(x, [(None, None, [piece])], 0, isa)
+    torch.testing.assert_close(y.double(), once.double() * 300 / 256, atol=1e-2, rtol=1e-2)
+
+
 # -- the same bits ------------------------------------------------------------------------------------
 
 
@@ -469,6 +481,14 @@ def test_flags_of_the_environment_reach_compiler_and_linker(monkeypatch, tmp_pat
     lines = said.read_text().splitlines()
     assert "-shared" in lines[-1]
     assert all(" -O1 -fsanitize=address " in line for line in lines)
+
+
+def test_flags_that_only_the_compiler_knows_and_not_its_assembler_are_left_out(tmp_path):
+    cxx = tmp_path / "cxx"
+    cxx.write_text('#!/bin/sh\ncase "$*" in *-mamx*" -c "*) exit 1;; esac\nexit 0\n')
+    cxx.chmod(0o755)
+    assert hatch_build._knows(str(cxx), ("-mavx2",), (), tmp_path / "flags.cpp")
+    assert not hatch_build._knows(str(cxx), ("-mamx-tile",), (), tmp_path / "flags.cpp")
 
 
 def test_the_kernel_is_compiled_when_the_package_is_installed():

@@ -137,6 +137,23 @@ def test_sums_are_rounded_as_torch_rounds_them(dtype: torch.dtype) -> None:
     assert torch.equal(first, expected)
 
 
+def test_links_keep_the_policy_of_who_opened_them() -> None:
+    assert isinstance(kernel, native.Kernel)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        queues = NativeQueues.open(kernel, sorted(os.sched_getaffinity(0)), ())
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    assert queues is not None
+    cell = torch.zeros(1 << 14)
+    queues.run([Task("t", "send", "H2D")], {"t": copies(cell, cell + 1)}, inline_cpu=False, wait=False)
+    queues.drain()
+    names = {t: Path(f"/proc/self/task/{t}/comm").read_text().strip() for t in os.listdir("/proc/self/task")}
+    (h2d,) = (int(t) for t, name in names.items() if name == "scheinfer-h2d")
+    assert os.sched_getscheduler(h2d) == os.SCHED_BATCH
+    queues.close()
+
+
 def test_threads_end_with_the_device(tiny_checkpoint: TinyCheckpoint) -> None:
     def ours() -> set[str]:
         comms = ((t, Path(f"/proc/self/task/{t}/comm")) for t in os.listdir("/proc/self/task"))

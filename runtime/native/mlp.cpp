@@ -257,10 +257,12 @@ bool all_tiled(const Call& call) {
 int64_t most_of_down(const Call& call) {
   constexpr int64_t WORTH = 1 << 18;  // bytes
   int64_t longest = MOST_ROWS;
-  for (const Part& part : call.parts)
+  for (const Part& part : call.parts) {
+    if (call.S > 1 || part.expert->n_rows > 1) return MOST_ROWS;  // an expert may name the one row many times
     if (part.piece->columns * call.weight_bytes * longest < WORTH)
       longest = up_to(WORTH / (part.piece->columns * call.weight_bytes + 1) + 1, ROWS);
-  return call.S > 1 ? MOST_ROWS : longest < 3 * MOST_ROWS ? longest : 3 * MOST_ROWS;
+  }
+  return longest < 3 * MOST_ROWS ? longest : 3 * MOST_ROWS;
 }
 
 void share_out(Call& call, Memory& memory, int n_threads) {

@@ -12,7 +12,6 @@
 #include <unistd.h>
 
 #include <condition_variable>
-#include <cstdlib>
 #include <deque>
 #include <mutex>
 #include <new>
@@ -42,8 +41,10 @@ int64_t now_ns() {
 }
 
 // Asks for short slices, so that the calling thread, when it wakes, begins at once on a core that computes: without, it
-// waits for the end of the other's slice, a millisecond or so. Kernels before Linux 6.12 take no notice.
+// waits for the end of the other's slice, a millisecond or so. Kernels before Linux 6.12 take no notice. Who runs the
+// process under another policy keeps it.
 void ask_for_short_slices() {
+  if (sched_getscheduler(0) != SCHED_OTHER) return;
   struct {
     uint32_t size, policy;
     uint64_t flags;
@@ -212,7 +213,7 @@ class Queues {
   void serve(int index, cpu_set_t cores) {
     pthread_setname_np(pthread_self(), NAMES[index]);
     if (CPU_COUNT(&cores)) sched_setaffinity(0, sizeof(cores), &cores);
-    if (index != CPU && !getenv("NO_SLICE")) ask_for_short_slices();
+    if (index != CPU) ask_for_short_slices();
     Queue& own = queues_[index];
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
