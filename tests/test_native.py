@@ -47,6 +47,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kernel(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     """A kernel of these sources, in place of what is installed, on one thread."""
     n_threads = torch.get_num_threads()
+    native.end_workers()  # the installed one's that an earlier test left: tests here count
     monkeypatch.setattr(native, "LIBRARY", library)
     monkeypatch.delenv("SCHEINFER_KERNEL", raising=False)
     native.installed.cache_clear()
