@@ -37,7 +37,11 @@ def _check_dtype(field_name: str, dtype: str) -> None:
         raise FormatError(f"{field_name} names {dtype!r}; expected {', '.join(DTYPE_BYTES)}")
 
 
-_USUAL: dict[Op, Op] = {"activations": "pinned", **{apart: op for op, apart in APART.items()}}
+_USUAL: dict[Op, Op] = {
+    "activations": "pinned",
+    "head_prompt": "head",
+    **{apart: op for op, apart in APART.items()},
+}
 """Whose curve answers where an operation's own was not measured."""
 
 
@@ -264,8 +268,8 @@ class HardwareProfile:
     def curve(self, resource: Resource, op: Op, dtype: str) -> Curve | None:
         """The curve that answers for an operation, None if there is none; a copy's bytes have no dtype.
 
-        Where copies of activations were not measured for themselves, those of page-locked memory answer, and what plans
-        of the CPU alone do for the same in other plans.
+        Where copies of activations were not measured for themselves, those of page-locked memory answer, decode's head
+        for a prompt's, and what plans of the CPU alone do for the same in other plans.
         """
         curve = self._index.get((resource, op, dtype))
         if curve is None and op in _USUAL:

@@ -12,6 +12,7 @@ Op = Literal[
     "attn_apart",
     "head",
     "head_apart",
+    "head_prompt",
     "embed",
     "embed_apart",
     "join",
@@ -29,6 +30,7 @@ attn         everything in a layer that is not its MLP (norms, attention, router
 attn_apart   the same of one token on the CPU, where other layers of the plan are the device's: layers come one by one
 head         final norm and output projection
 head_apart   the same of one token on the CPU, where layers of the plan are the device's
+head_prompt  the same of a prompt: all its tokens are normed, the last one's logits are made
 embed        token embedding and the mask and position set-up of a step
 embed_apart  the same of one token on the CPU, where layers of the plan are the device's
 join         the sum of a layer's partial outputs
@@ -46,6 +48,7 @@ AXES: dict[Op, tuple[str, str]] = {
     "attn": ("n_tokens", "io_bytes"),
     "attn_apart": ("n_tokens", "io_bytes"),
     "head_apart": ("n_tokens", "weight_bytes"),
+    "head_prompt": ("n_tokens", "weight_bytes"),
     "embed_apart": ("n_tokens", "io_bytes"),
     "embed": ("n_tokens", "io_bytes"),
     "join": ("n_tokens", "io_bytes"),
@@ -129,6 +132,13 @@ def copy(n_bytes: float, dtype: str, pinned: bool = True) -> Work:
 def activations(n_bytes: float, dtype: str) -> Work:
     """Work of moving a step's activations, `n_bytes`, through page-locked buffers: right after what made them."""
     return Work("activations", dtype, 1, 0.0, 0.0, float(n_bytes))
+
+
+@_once
+def of_one_token(work: Work) -> Work:
+    """One token's share of what its rows ask, and all of the weights."""
+    n = work.n_tokens
+    return work if n == 1 else replace(work, n_tokens=1, flops=work.flops / n, io_bytes=work.io_bytes / n)
 
 
 def apart(work: Work) -> Work:

@@ -317,7 +317,8 @@ def _waits(rig: _Rig, effort: Effort) -> Measuring:
 
 
 def _overlap(rig: _Rig, effort: Effort) -> Measuring:
-    return (yield from measure_overlapped(rig.model("GPU", 0.25, 0.125), rig.job.extent.n_tokens, effort))
+    models = rig.model("GPU", 0.25, 0.125), rig.model("GPU", *WAITING[0])
+    return (yield from measure_overlapped(*models, rig.job.extent.n_tokens, effort))
 
 
 def _mlp(rig: _Rig, effort: Effort) -> Measuring:

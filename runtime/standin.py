@@ -81,7 +81,7 @@ def built(stand_in: StandIn) -> Iterator[PlannedModel]:
 def measure_rest(
     model: PlannedModel, place: Place, n_tokens: Sequence[int], past: Sequence[int], effort: Effort
 ) -> Measuring:
-    """Curves of attn over tokens and depth, embed over tokens, head and sample, and hand-offs, all on one place.
+    """Curves of attn over tokens and depth, embed and head over tokens, sample, and hand-offs, all on one place.
 
     What the device's thread does between steps is left to measure_overlapped: here it has nothing to wait for.
     """
@@ -101,15 +101,29 @@ def measure_rest(
 
 
 def _pass_case(model: PlannedModel, n_tokens: int, past: int, place: Place) -> Case[Work | str]:
-    """A forward pass of more than one token: times of its attention parts on a place, and of embed."""
+    """A forward pass of more than one token: times of its attention parts on a place, of embed and of head."""
     spec = model.executor.spec
+    ends = {"embed": spec.small_work("embed", n_tokens), "head": spec.head_work(1, n_tokens)}
 
     def visit() -> Iterator[tuple[Work | str, float]]:
         timeline, _ = forward(model, n_tokens, past)
-        yield from _attention_times(spec, timeline, n_tokens, past, place)
-        yield from ((spec.small_work("embed", n_tokens), s.duration_s) for s in timeline.spans if s.kind == "embed")
+        whole = _with_gaps(timeline) if place == "CPU" else timeline
+        yield from _attention_times(spec, whole, n_tokens, past, place)
+        yield from ((ends[s.kind], s.duration_s) for s in timeline.spans if s.kind in ends)
 
     return visit
+
+
+def _with_gaps(timeline: Timeline) -> Timeline:
+    """A pass of the CPU alone in which attention lasts from the end of what ran before it to the start of its MLP.
+
+    Hand-offs between tasks of the CPU are decode's, where one native call holds many; here tasks are made in between.
+    """
+    spans = sorted(timeline.spans, key=lambda s: s.start_s)
+    for i, span in enumerate(spans[1:-1], 1):
+        if span.kind == "attn":
+            spans[i] = replace(span, start_s=spans[i - 1].end_s, end_s=spans[i + 1].start_s)
+    return replace(timeline, spans=tuple(spans))
 
 
 def _decode(
@@ -212,10 +226,12 @@ _Found = tuple[Resource, Work] | str
 """What a resource did, or a pair of resources that a task was handed along."""
 
 
-def measure_overlapped(model: PlannedModel, n_tokens: Sequence[int], effort: Effort) -> Measuring:
+def measure_overlapped(model: PlannedModel, unsent: PlannedModel, n_tokens: Sequence[int], effort: Effort) -> Measuring:
     """Hand-offs of decode and what lies between its steps, activation copies and joins of passes of n_tokens.
 
-    All of an overlapping plan: where the device waits for nothing, its calls between steps are 5 to 30 % faster.
+    All of overlapping plans: where the device waits for nothing, its calls between steps are 5 to 30 % faster. What
+    lies between steps is that of `unsent`, which sends no weights: making a send takes half an embedding's time, and
+    where there are sends the link decides.
     Of n_tokens only powers of two are run: nothing here changes from one token to the next. From 32 on also what lies
     between them: partial results leave one cache after the other there, and joins bend.
     """
@@ -223,7 +239,7 @@ def measure_overlapped(model: PlannedModel, n_tokens: Sequence[int], effort: Eff
     powers = [n for n in n_tokens if n & (n - 1) == 0]
     between = [n * 3 // 2 for n in powers if 32 <= n < max(powers)]
     cases: list[Case[_Found]] = [_overlapped_case(model, n) for n in sorted(powers + between)]
-    times = yield from in_rounds([*cases, lambda: _between_steps(model)], effort)
+    times = yield from in_rounds([*cases, lambda: _between_steps(model, unsent)], effort)
     delays_s = {key: flat(rounds) for key, rounds in times.items() if isinstance(key, str)}
     rows: dict[tuple[Resource, Op], dict[Work, list[list[float]]]] = defaultdict(dict)
     for key, rounds in times.items():
@@ -234,10 +250,9 @@ def measure_overlapped(model: PlannedModel, n_tokens: Sequence[int], effort: Eff
     return replace(handoffs(delays_s), curves=tuple(curves))
 
 
-def _between_steps(model: PlannedModel) -> Iterator[tuple[_Found, float]]:
-    timeline = generate(model)
-    yield from ((("GPU", work), s) for work, s in ends_times(model.executor.spec, timeline, BETWEEN_STEPS))
-    yield from decode_delays(model, timeline)
+def _between_steps(model: PlannedModel, unsent: PlannedModel) -> Iterator[tuple[_Found, float]]:
+    yield from ((("GPU", work), s) for work, s in ends_times(model.executor.spec, generate(unsent), BETWEEN_STEPS))
+    yield from decode_delays(model, generate(model))
 
 
 def _overlapped_case(model: PlannedModel, n_tokens: int) -> Case[_Found]:

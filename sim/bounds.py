@@ -345,7 +345,7 @@ def _ends_s(spec: ModelSpec, profile: HardwareProfile, place: Place, steps: Sequ
     for step in steps:
         works = (
             spec.small_work("embed", step.n_tokens),
-            spec.head_work(step.batch),
+            spec.head_work(step.batch, step.n_tokens),
             spec.small_work("sample", step.batch),
         )
         total_s += sum(profile.time_s(place, work).seconds for work in works)

@@ -147,7 +147,9 @@ class StepCompiler:
         """Head and sampling."""
         last = self.plan.layers[-1].rest
         tasks = self._move(self.spec.n_layers, last, self.plan.ends)
-        head = self._end_task("head", self._on(self.plan.ends, self.spec.head_work(self.step.batch)))
+        head = self._end_task(
+            "head", self._on(self.plan.ends, self.spec.head_work(self.step.batch, self.step.n_tokens))
+        )
         sample = self._end_task("sample", self.spec.small_work("sample", self.step.batch))
         return [*tasks, head, sample]
 

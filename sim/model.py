@@ -133,9 +133,16 @@ class ModelSpec:
         read = attention.read_elements(n_past, n_new) * self.dtype_bytes + attention.state_bytes
         return Work("attn", self.dtype, n_tokens, flops, float(weights * self.dtype_bytes), float(batch * read))
 
-    def head_work(self, n_rows: int) -> Work:
-        """Work of final norm and output projection for the rows that need logits."""
-        return Work("head", self.dtype, n_rows, 2.0 * n_rows * self.head_params, float(self.head_bytes))
+    def head_work(self, n_rows: int, n_tokens: int = 0) -> Work:
+        """Work of final norm and output projection for the rows that need logits, of n_tokens where these are more.
+
+        io_bytes are those of the rows that are normed only.
+        """
+        flops, weights = 2.0 * n_rows * self.head_params, float(self.head_bytes)
+        if n_tokens <= n_rows:
+            return Work("head", self.dtype, n_rows, flops, weights)
+        normed = (n_tokens - n_rows) * self.d_model * self.dtype_bytes
+        return Work("head_prompt", self.dtype, n_tokens, flops, weights, float(normed))
 
     def small_work(self, op: work.Op, n_tokens: int) -> Work:
         """Work of an operation over activations only (embed, join, sample)."""

@@ -202,7 +202,7 @@ class StepTimes:
     def _end(self, op: str, step: Step) -> Work:
         spec = self.prices.spec
         if op == "head":
-            return spec.head_work(step.batch)
+            return spec.head_work(step.batch, step.n_tokens)
         return spec.small_work("embed", step.n_tokens) if op == "embed" else spec.small_work("sample", step.batch)
 
     def _layer_s(self, place: Place, layer: int, some: slice, alone: bool) -> Seconds:

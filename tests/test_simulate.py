@@ -35,7 +35,11 @@ def test_a_fully_resident_dense_model_takes_the_sum_of_its_parts_on_the_gpu() ->
     spec, workload = dense(n_layers=3), Workload(n_prompt=4, n_gen=2)
     timeline = simulate(spec, uniform(spec, gg=12), machine(), workload)
     for step in workload.steps():
-        works = [spec.small_work("embed", step.n_tokens), spec.head_work(1), spec.small_work("sample", 1)]
+        works = [
+            spec.small_work("embed", step.n_tokens),
+            spec.head_work(1, step.n_tokens),
+            spec.small_work("sample", 1),
+        ]
         for layer in range(3):
             works += [
                 spec.attention_work(layer, step.n_tokens, step.kv_tokens),
