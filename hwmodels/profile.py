@@ -37,11 +37,7 @@ def _check_dtype(field_name: str, dtype: str) -> None:
         raise FormatError(f"{field_name} names {dtype!r}; expected {', '.join(DTYPE_BYTES)}")
 
 
-_USUAL: dict[Op, Op] = {
-    "activations": "pinned",
-    "head_prompt": "head",
-    **{apart: op for op, apart in APART.items()},
-}
+_USUAL: dict[Op, Op] = {"activations": "pinned", "head_prompt": "head", **{apart: op for op, apart in APART.items()}}
 """Whose curve answers where an operation's own was not measured."""
 
 

@@ -107,14 +107,14 @@ def _pass_case(model: PlannedModel, n_tokens: int, past: int, place: Place) -> C
 
     def visit() -> Iterator[tuple[Work | str, float]]:
         timeline, _ = forward(model, n_tokens, past)
-        whole = _with_gaps(timeline) if place == "CPU" else timeline
+        whole = with_gaps(timeline) if place == "CPU" else timeline
         yield from _attention_times(spec, whole, n_tokens, past, place)
         yield from ((ends[s.kind], s.duration_s) for s in timeline.spans if s.kind in ends)
 
     return visit
 
 
-def _with_gaps(timeline: Timeline) -> Timeline:
+def with_gaps(timeline: Timeline) -> Timeline:
     """A pass of the CPU alone in which attention lasts from the end of what ran before it to the start of its MLP.
 
     Hand-offs between tasks of the CPU are decode's, where one native call holds many; here tasks are made in between.

@@ -13,9 +13,10 @@ from hwmodels.work import APART
 from runtime.byturns import measure_by_turns
 from runtime.rounds import Effort, finish
 from runtime.session import PlannedModel
-from runtime.standin import StandIn, built, forward, generate, measure_rest, settled
+from runtime.standin import StandIn, built, forward, generate, measure_rest, settled, with_gaps
 from runtime.synthetic import shrunk
 from sim.plan import Place
+from sim.timeline import Timeline
 from tests.tiny import FAMILIES, tiny_config
 
 ONCE = Effort(1, 1, 1.0)
@@ -50,6 +51,18 @@ def test_without_an_empty_past_ends_hand_offs_and_changes_of_place_are_measured_
         assert {c.op for c in part.curves} == set(APART.values())
         assert {move.to for move in part.moves} == {"CPU", "GPU"}
         assert {"attn", "head"} <= {c.op for c in finish(measure_rest(busy, "GPU", (1,), (24,), ONCE)).curves}
+
+
+def test_a_prompts_head_and_the_gaps_around_its_attention_on_the_cpu_are_measured() -> None:
+    with stand_in(config_of("llama"), "CPU") as model:
+        curves = {c.op: c for c in finish(measure_rest(model, "CPU", (1, 4, 40), (0,), ONCE)).curves}
+        assert [s.n_tokens for s in curves["head_prompt"].samples] == [4, 40]
+        assert [s.n_tokens for s in curves["head"].samples] == [1]
+        spans = sorted(forward(model, 4, 0)[0].spans, key=lambda s: s.start_s)
+        whole = with_gaps(Timeline("measured", tuple(spans), {}))
+        for before, span, after in zip(whole.spans, whole.spans[1:], whole.spans[2:], strict=False):
+            if span.kind == "attn":
+                assert (span.start_s, span.end_s) == (before.end_s, after.start_s)
 
 
 def test_a_config_that_says_no_cache_is_timed_with_one() -> None:
