@@ -58,10 +58,9 @@ class Contention:
 
 @dataclass(frozen=True)
 class Cold:
-    """How much longer what is not an MLP takes on the device after its thread waited for so long.
+    """How much longer what is not an MLP takes on the device after its thread waited for so long, `factor` times.
 
-    Calls of torch and Python that were not made for a while find caches, pages and cores taken by others: one token's
-    take `factor` times as long. More tokens take as many seconds more as one would, since the same calls are made.
+    Calls of torch and Python that were not made for a while find caches, pages and cores taken by others.
     """
 
     waited_s: float

@@ -134,13 +134,6 @@ def activations(n_bytes: float, dtype: str) -> Work:
     return Work("activations", dtype, 1, 0.0, 0.0, float(n_bytes))
 
 
-@_once
-def of_one_token(work: Work) -> Work:
-    """One token's share of what its rows ask, and all of the weights."""
-    n = work.n_tokens
-    return work if n == 1 else replace(work, n_tokens=1, flops=work.flops / n, io_bytes=work.io_bytes / n)
-
-
 def apart(work: Work) -> Work:
     """The same work of a step whose other parts are in another place."""
     return replace(work, op=APART[work.op])

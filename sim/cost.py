@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hwmodels.profile import RESOURCES, HardwareProfile, computing_share
-from hwmodels.work import of_one_token
-from sim.graph import MOVES, REST, Task, TaskGraph
+from sim.graph import MOVES, TaskGraph
 
 EVIDENCE = ("measured", "interpolated", "extrapolated", "specified")
 
@@ -20,8 +19,7 @@ class Prices:
     lag_s       per task and dependency: seconds between the dependency's end and the task's earliest start
     evidence    how many costs were measured, interpolated, extrapolated or specified
     computing   per task: how far it computes rather than reads, where contention tells these apart; empty: all read
-    cold        (seconds waited, how many times as long what is no MLP takes then on the device for one token), rising
-    stretched_s per task: seconds that cold factors apply to; empty: its duration
+    cold        (seconds waited, how much longer what is not an MLP takes then on the device), rising
     moved_s     how much longer the first of these on the device takes after work of the CPU
     """
 
@@ -31,7 +29,6 @@ class Prices:
     computing: Sequence[float] = ()
     cold: tuple[tuple[float, float], ...] = ()
     moved_s: float = 0.0
-    stretched_s: Sequence[float] = ()
 
 
 def price(graph: TaskGraph, profile: HardwareProfile) -> Prices:
@@ -41,7 +38,6 @@ def price(graph: TaskGraph, profile: HardwareProfile) -> Prices:
     """
     evidence = dict.fromkeys(EVIDENCE, 0)
     durations, computing, told_apart = [], [], profile.told_apart
-    stretched: list[float] = []
     for task in graph.tasks:
         duration_s = flops_s = bytes_s = 0.0
         for work in task.works:
@@ -51,18 +47,10 @@ def price(graph: TaskGraph, profile: HardwareProfile) -> Prices:
             bytes_s += cost.bytes_s
             evidence[cost.evidence] += 1
         durations.append(duration_s)
-        stretched.append(_stretched_s(task, profile, duration_s))
         computing.append(computing_share(flops_s, bytes_s) if task.resource in told_apart else 0.0)
     cold = tuple((entry.waited_s, entry.factor) for entry in profile.cold)
     moved_s = sum(move.cold_s for move in profile.moves if move.to == "GPU")
-    return Prices(durations, _lags(graph, profile), evidence, computing, cold, moved_s, stretched)
-
-
-def _stretched_s(task: Task, profile: HardwareProfile, duration_s: float) -> float:
-    """What of a task a wait before it makes longer: what it would take for one token."""
-    if not profile.cold or task.kind not in REST or task.resource != "GPU":
-        return duration_s
-    return min(duration_s, sum(profile.time_s("GPU", of_one_token(work)).seconds for work in task.works))
+    return Prices(durations, _lags(graph, profile), evidence, computing, cold, moved_s)
 
 
 def _lags(graph: TaskGraph, profile: HardwareProfile) -> list[tuple[float, ...]]:

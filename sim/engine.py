@@ -251,7 +251,6 @@ class _Caller:
 
     def __init__(self, graph: TaskGraph, prices: Prices) -> None:
         self.resource, self.duration_s, self.prices = graph.arrays.resource, prices.duration_s, prices
-        self.stretched_s = prices.stretched_s or prices.duration_s
         self.is_rest = [task.kind in REST for task in graph]
         self.at = -1  # resource of the last such task; none ran yet
         self.since_s = 0.0  # its end, and what its resource worked afterwards
@@ -261,8 +260,7 @@ class _Caller:
         alone_s = self.duration_s[i]
         if self.at < 0 or not self.is_rest[i] or self.resource[i] != _GPU:
             return alone_s
-        more_s = self.stretched_s[i] * (cold_factor(self.prices.cold, now_s - self.since_s) - 1.0)
-        waited_s = alone_s + more_s
+        waited_s = alone_s * cold_factor(self.prices.cold, now_s - self.since_s)
         return waited_s if self.at == _GPU else max(waited_s, alone_s + self.prices.moved_s)
 
     def end(self, i: int, took_s: float, now_s: float) -> None:

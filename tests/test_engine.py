@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwmodels.errors import GraphError, ProfileError
-from hwmodels.profile import COMPUTERS, RESOURCES, Cold, Contention, Move, Resource
+from hwmodels.profile import COMPUTERS, RESOURCES, Contention, Move, Resource
 from hwmodels.work import Work
 from sim.cost import Prices, price
 from sim.engine import Rates, execute, schedule
@@ -230,17 +230,6 @@ def test_attention_takes_longer_the_longer_its_thread_waited(waits_s: float, tak
     # CPU:     |---c---|
     ends = cold_run(attention("a0", GPU, 1), task("c", CPU, waits_s, "a0"), attention("a1", GPU, 1, "c"))
     assert ends[-1] == 1 + waits_s + takes_s
-
-
-def test_a_prompts_attention_takes_as_many_seconds_longer_as_a_tokens() -> None:
-    # Four tokens of one FLOP and no byte each: 4 seconds, and half of one more, not half of four, after a wait of 2.
-    made = graph([attention("a0", GPU, 1), task("c", CPU, 2, "a0"), prompt_attention("a1", 4, "c")])
-    profile = machine().with_(cold=tuple(Cold(seconds, factor, "measured") for seconds, factor in COLD))
-    assert schedule(made, price(made, profile), profile.rates)[1][-1] == 3 + 4 + 0.5
-
-
-def prompt_attention(name: str, n_tokens: int, *deps: str) -> Task:
-    return Task(name, "attn", GPU, (Work("attn", "float32", n_tokens, float(n_tokens), 0.0),), deps)
 
 
 def test_computing_an_mlp_part_is_no_wait_on_the_resource_where_attention_ran() -> None:
