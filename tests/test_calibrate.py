@@ -404,7 +404,7 @@ class Fake:
             if name == "together":
                 return Part(contention=(Contention(("CPU", "H2D"), {"CPU": 0.5, "H2D": 1.0}, "measured"),))
             if name == "waits":
-                cold = (Cold(0.002, 1.25, "measured"),)
+                cold = (Cold(0.002, 0.001, "measured"),)
                 return replace(handoffs({"CPU>H2D": [5.0], "GPU>H2D": [2.0]}), cold=cold)
             if name == "overlap":
                 return handoffs({"CPU>H2D": [1.0]})
@@ -436,7 +436,7 @@ def test_an_interrupted_calibration_goes_on_where_it_was(cache, monkeypatch, cap
     )
     assert profile.handoff_s == {"CPU>H2D": 1.0, "GPU>H2D": 2.0}  # of two parts the one that overlaps counts
     assert profile.contention[0].rate["CPU"] == 0.5
-    assert profile.cold == (Cold(0.002, 1.25, "measured"),)
+    assert profile.cold == (Cold(0.002, 0.001, "measured"),)
 
 
 def test_rounds_are_kept_and_the_next_call_goes_on_after_them(tmp_path, clock):
