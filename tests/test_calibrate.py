@@ -40,7 +40,7 @@ from runtime.calibrate import FULL, SMOKE, calibrate
 from runtime.changes import beside_changes
 from runtime.coldstart import attention
 from runtime.resume import KeptParts, Timed
-from runtime.rounds import Effort, Measuring, finish, in_rounds
+from runtime.rounds import Effort, Measuring, finish, flat, in_rounds
 from runtime.turns import Turn, progress_bar, take_turns
 from sim.timeline import Span, Timeline
 from tests.tiny import write_tiny
@@ -343,6 +343,22 @@ def test_a_case_that_skips_a_round_keeps_its_rounds_in_step(clock):
     assert found == {"always": [[1.0], [1.0], [1.0]], "once": [[], [2.0], []]}
 
 
+def test_a_long_round_is_cut_into_slices_of_several_cases_in_an_order_of_its_own(clock):
+    # 20 cases of an eighth: 2.5 s are seven slices of 0.35 s, but a slice has eight cases at least
+    cases = [Runs(clock, 0.125) for _ in range(20)]
+    times = finish(in_rounds(cases, Effort(3, 3, 100.0)))
+    by_slice = [[case for case, own in times.items() if own[i]] for i in range(6)]
+    assert [len(own) for own in by_slice] == [10] * 6
+    assert {*by_slice[0], *by_slice[1]} == {*by_slice[2], *by_slice[3]} == set(times)
+    assert set(by_slice[0]) != set(by_slice[2])
+
+
+def test_a_part_may_stop_between_slices(clock):
+    # 2.5 s to warm up and 2.5 s a round: the time is over amid the second that counts
+    times = finish(in_rounds([Runs(clock, 0.125) for _ in range(20)], Effort(1, 9, 5.5)))
+    assert sorted(len(flat(own)) for own in times.values()) == [1] * 10 + [2] * 10
+
+
 # -- a calibration ------------------------------------------------------------------------------------
 
 
@@ -487,7 +503,7 @@ def test_parts_take_turns_and_the_first_and_the_last_do_not(tmp_path):
     found: dict[str, Part] = {}
     with progress_bar("", shown=False) as bar:
         take_turns(parts, found, KeptParts(tmp_path), bar, 100.0)
-    assert order == ["before"] * 8 + (["a"] * 2 + ["b"] * 2) * 4 + ["after"] * 8
+    assert order == ["before"] * 8 + ["a", "b"] * 8 + ["after"] * 8
     assert list(found) == ["before 1", "a 1", "b 1", "after 1"]
 
 
