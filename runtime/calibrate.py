@@ -359,12 +359,12 @@ def _variants(rig: _Rig, effort: Effort) -> Measuring:
 # Of hand-offs that several parts measure those of the last one count: of plans that overlap.
 _PARTS: dict[str, tuple[float, _Measure]] = {
     "yardstick": (0.5, _yardstick),
-    "rest on the GPU": (13, _rest("GPU")),
-    "rest on the CPU": (10, _rest("CPU")),
+    "rest on the GPU": (12, _rest("GPU")),
+    "rest on the CPU": (9, _rest("CPU")),
     "layers by turns": (3, _by_turns),
     "waits": (3, _waits),
     "overlap": (6, _overlap),
-    "mlp": (7, _mlp),
+    "mlp": (9, _mlp),
     "copies": (2, _copies),
     "together": (6, _together),
     "variants": (4, _variants),

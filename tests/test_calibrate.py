@@ -283,11 +283,12 @@ def test_the_least_rounds_are_run_even_when_the_time_is_over(clock):
 
 
 def test_long_cases_are_visited_in_every_second_round(clock):
-    # of 2.3 s the long case takes 2, more than twice the average of three; its first visit warms up
-    short, other, long = Runs(clock, 0.1), Runs(clock, 0.2), Runs(clock, 2.0)
-    times = finish(in_rounds([short, other, long], Effort(1, 6, 100.0)))
-    assert (short.visits, other.visits, long.visits) == (1 + 6, 1 + 6, 1 + 3)
-    assert [[len(own) for own in rounds] for rounds in times.values()] == [[1] * 6, [1] * 6, [1, 0, 1, 0, 1, 0]]
+    # of 2.6 s the long case takes 2, more than four times the average of seven; its first visit warms up
+    *short, long = [Runs(clock, 0.1) for _ in range(6)] + [Runs(clock, 2.0)]
+    times = finish(in_rounds([*short, long], Effort(1, 6, 100.0)))
+    assert [case.visits for case in short] == [1 + 6] * 6
+    assert long.visits == 1 + 3
+    assert [[len(own) for own in rounds] for rounds in times.values()] == [[1] * 6] * 6 + [[1, 0, 1, 0, 1, 0]]
 
 
 def test_every_case_has_a_time_after_the_first_round_that_counts(clock):
