@@ -60,16 +60,20 @@ def summarise(work: Work, times_s: Sequence[float]) -> Sample:
     return Sample(*size, middle_s, found.spread, found.count, outliers)
 
 
-def samples(times_s: Mapping[Work, Sequence[Sequence[float]]]) -> tuple[Sample, ...]:
-    """A curve's samples from repeats by round, where every round visited all points: what it did to all cancels.
+def samples(
+    times_s: Mapping[Work, Sequence[Sequence[float]]], slowness: Sequence[float] | None = None
+) -> tuple[Sample, ...]:
+    """A curve's samples from repeats by round, where rounds visited many points: what one did to all of them cancels.
 
-    A round's slowness is the middle over points of its times relative to the point's own; times are divided by it, and
+    A round is any stretch of time with some of the points in it, each time others. Its slowness, given where it is
+    known of more than this curve, is the middle over points of its times relative to the point's own; times are divided
+    by it, and
     the middles of what is left (as a median polish, Tukey 1977) come times the mean over rounds. So points of a curve
     stand to each other as within a round, whatever the machine's speed was meanwhile; spreads are of the times as
     measured. All rounds count: a stall is gone with a round's middle, and of a machine with two speeds the few rounds
     of a part tell the share of each; without the outermost they would tell the more frequent one.
     """
-    slowness = _slowness(times_s)
+    slowness = slowness_of(times_s) if slowness is None else slowness
     level = statistics.fmean(slowness)
     return tuple(
         replace(summarise(work, [t for own in rounds for t in own]), median_s=level * _evened(rounds, slowness))
@@ -80,7 +84,8 @@ def samples(times_s: Mapping[Work, Sequence[Sequence[float]]]) -> tuple[Sample, 
 _POLISHES = 3
 
 
-def _slowness(times_s: Mapping[Work, Sequence[Sequence[float]]]) -> list[float]:
+def slowness_of(times_s: Mapping[Work, Sequence[Sequence[float]]]) -> list[float]:
+    """Of every round, how slow it was, relative to the points' own times; see samples."""
     n_rounds = len(next(iter(times_s.values())))
     slowness = [1.0] * n_rounds
     for _ in range(_POLISHES):

@@ -194,9 +194,9 @@ def _contention(same: Sequence[Contention], mean: _Mean) -> Contention:
 
 def _cold(same: Sequence[Cold], mean: _Mean) -> Cold:
     known = [c.repeats for c in same if c.repeats is not None]
-    factors = [c.factor for c in same]
-    repeats = _repeats(factors, known) if known else None
-    return replace(same[0], waited_s=mean([c.waited_s for c in same]), factor=mean(factors), repeats=repeats)
+    colds_s = [c.cold_s for c in same]
+    repeats = _repeats(colds_s, known) if known else None
+    return replace(same[0], waited_s=mean([c.waited_s for c in same]), cold_s=mean(colds_s), repeats=repeats)
 
 
 def _move(same: Sequence[Move], mean: _Mean) -> Move:

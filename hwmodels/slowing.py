@@ -58,21 +58,22 @@ class Contention:
 
 @dataclass(frozen=True)
 class Cold:
-    """How much longer what is not an MLP takes on the device after its thread waited for so long, `factor` times.
+    """By how much longer, cold_s, what is not an MLP takes on the device after its thread waited for so long.
 
-    Calls of torch and Python that were not made for a while find caches, pages and cores taken by others.
+    Calls of torch and Python that were not made for a while find caches, pages and cores taken by others. What they
+    lose so is about the same for one token and for 128: seconds, no share of the task (experiments/LOG.md).
     """
 
     waited_s: float
-    factor: float
+    cold_s: float
     source: Source
     repeats: Repeats | None = None
 
     def __post_init__(self) -> None:
         if self.waited_s <= 0:
             raise FormatError(f"waited_s is {self.waited_s}, must be above zero")
-        if self.factor < 1:
-            raise FormatError(f"factor is {self.factor}, must be at least 1")
+        if self.cold_s < 0:
+            raise FormatError(f"cold_s is {self.cold_s}, must not be negative")
 
 
 @dataclass(frozen=True)

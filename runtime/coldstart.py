@@ -30,9 +30,9 @@ _Found = list[tuple[float, float]]
 
 
 def measure_cold(busy: PlannedModel, waiting: Sequence[PlannedModel], effort: Effort) -> Measuring:
-    """Waits and factors of every model that waits, its generations taking turns with those of one that does not.
+    """Waits of every model that waits, and what they cost; its generations take turns with those of one that does not.
 
-    A round gives each model's median over layers and steps of the wait, and the mean of the time relative to the same
+    A round gives each model's median over layers and steps of the wait, and the mean of the time beyond the same
     layer's in the busy model; the profile gets means over rounds. Hand-offs are those of the last model, which sends
     everything.
     """
@@ -46,9 +46,9 @@ def measure_cold(busy: PlannedModel, waiting: Sequence[PlannedModel], effort: Ef
         warm_s = {layer: trimmed_mean(times_s) for layer, (_, times_s) in _by_layer(busy)[1].items()}
         for rows, model in zip(found, waiting, strict=True):
             timeline, cold = _by_layer(model)
-            factors = [s / warm_s[layer] for layer, (_, times_s) in cold.items() for s in times_s]
+            more_s = [s - warm_s[layer] for layer, (_, times_s) in cold.items() for s in times_s]
             waits_s = [s for waited_s, _ in cold.values() for s in waited_s]
-            rows.append((median(waits_s), trimmed_mean(factors)))
+            rows.append((median(waits_s), trimmed_mean(more_s)))
         for pair, seconds in decode_delays(model, timeline):
             delays_s[pair].append(seconds)
         yield progress.end()
@@ -84,5 +84,5 @@ def attention(timeline: Timeline) -> dict[int, tuple[float, float]]:
 
 
 def _entry(rows: _Found) -> Cold:
-    waits_s, factors = zip(*rows, strict=True)
-    return Cold(max(_LEAST_S, trimmed_mean(waits_s)), max(1.0, trimmed_mean(factors)), "measured", repeats(factors))
+    waits_s, more_s = zip(*rows, strict=True)
+    return Cold(max(_LEAST_S, trimmed_mean(waits_s)), max(0.0, trimmed_mean(more_s)), "measured", repeats(more_s))

@@ -84,7 +84,8 @@ class MicroBench:
 
     def _curves(self, cases: Sequence[tuple[Resource, Work, NextBody]], effort: Effort) -> InRounds[list[Curve]]:
         """Curves of what several resources do alone, a case after the other."""
-        times = yield from in_rounds([self._case(*case) for case in cases], effort)
+        n_curves = len({(resource, demand.op) for resource, demand, _ in cases})
+        times = yield from in_rounds([self._case(*case) for case in cases], effort, n_curves)
         rows: dict[tuple[Resource, work.Op], dict[Work, list[list[float]]]] = defaultdict(dict)
         for (resource, demand), rounds in times.items():
             rows[resource, demand.op][demand] = rounds

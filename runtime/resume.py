@@ -91,7 +91,7 @@ class KeptParts:
 
 @dataclass(frozen=True)
 class Rounds(Generic[Key]):
-    """Rounds of one measurement: seconds that they took, and of each key its repeats by round."""
+    """Rounds of one measurement: seconds that they took, and of each key its repeats by slice of a round."""
 
     spent_s: float = 0.0
     n_rounds: int = 0
@@ -123,7 +123,8 @@ class KeptRounds:
         for case in kept.cases:
             timed = (case.resource, case.work) if case.resource and case.work else case.work or case.name
             times[timed] = [list(own) for own in case.rounds]
-        whole = bool(times) and all(len(rounds) == kept.n_rounds for rounds in times.values())
+        n_slices = {len(slices) for slices in times.values()}
+        whole = len(n_slices) == 1 and min(n_slices) >= kept.n_rounds
         return Rounds(kept.spent_s, kept.n_rounds, times) if whole else Rounds()
 
     def save(self, rounds: Rounds[Key]) -> None:

@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from hwmodels.calibrate import handoffs, samples
+from hwmodels.calibrate import handoffs, samples, slowness_of
 from hwmodels.profile import Curve, Resource
 from hwmodels.work import Op, Work, activations
 from runtime.devices import open_device
@@ -94,8 +94,10 @@ def measure_rest(
     for key, rounds in times.items():
         if not isinstance(key, str):
             rows[key.op][key] = rounds
+    # One for all: what is timed once in a pass, as embed is, tells a slice's slowness badly.
+    slowness = slowness_of({key: rounds for own in rows.values() for key, rounds in own.items()})
     threads = model.executor.device.cpu_threads if place == "CPU" else 0
-    curves = (Curve(place, op, spec.dtype, threads, "measured", samples(own)) for op, own in rows.items())
+    curves = (Curve(place, op, spec.dtype, threads, "measured", samples(own, slowness)) for op, own in rows.items())
     delays_s = {key: flat(rounds) for key, rounds in times.items() if isinstance(key, str)}
     return replace(handoffs(delays_s), curves=tuple(curves))
 

@@ -17,8 +17,8 @@ from hwmodels.load import BUSY_SHARE, LoadMeter
 from runtime.resume import KeptParts
 from runtime.rounds import Measuring
 
-TURNS = 4
-"""In how many goes a part is measured: of a minute, some two seconds each, more than ten apart."""
+TURNS = 8
+"""In how many goes a part is measured: of a minute, less than a second each, more than five apart."""
 _GLANCE_S = 0.3
 _BAR = "{l_bar}{bar}| {elapsed}{postfix}"
 

@@ -19,7 +19,7 @@ class Prices:
     lag_s       per task and dependency: seconds between the dependency's end and the task's earliest start
     evidence    how many costs were measured, interpolated, extrapolated or specified
     computing   per task: how far it computes rather than reads, where contention tells these apart; empty: all read
-    cold        (seconds waited, how much longer what is not an MLP takes then on the device), rising
+    cold        (seconds waited, seconds that what is not an MLP takes longer then on the device), rising waits
     moved_s     how much longer the first of these on the device takes after work of the CPU
     """
 
@@ -48,7 +48,7 @@ def price(graph: TaskGraph, profile: HardwareProfile) -> Prices:
             evidence[cost.evidence] += 1
         durations.append(duration_s)
         computing.append(computing_share(flops_s, bytes_s) if task.resource in told_apart else 0.0)
-    cold = tuple((entry.waited_s, entry.factor) for entry in profile.cold)
+    cold = tuple((entry.waited_s, entry.cold_s) for entry in profile.cold)
     moved_s = sum(move.cold_s for move in profile.moves if move.to == "GPU")
     return Prices(durations, _lags(graph, profile), evidence, computing, cold, moved_s)
 

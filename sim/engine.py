@@ -260,8 +260,8 @@ class _Caller:
         alone_s = self.duration_s[i]
         if self.at < 0 or not self.is_rest[i] or self.resource[i] != _GPU:
             return alone_s
-        waited_s = alone_s * cold_factor(self.prices.cold, now_s - self.since_s)
-        return waited_s if self.at == _GPU else max(waited_s, alone_s + self.prices.moved_s)
+        cold_s = cold_after(self.prices.cold, now_s - self.since_s)
+        return alone_s + (cold_s if self.at == _GPU else max(cold_s, self.prices.moved_s))
 
     def end(self, i: int, took_s: float, now_s: float) -> None:
         """A task has ended."""
@@ -271,9 +271,9 @@ class _Caller:
             self.since_s += took_s
 
 
-def cold_factor(cold: Sequence[tuple[float, float]], waited_s: float) -> float:
-    """How much longer a task takes after a wait: 1 after none, linear between known waits, held beyond the last."""
-    before_s, before = 0.0, 1.0
+def cold_after(cold: Sequence[tuple[float, float]], waited_s: float) -> float:
+    """Seconds that a task takes longer after a wait: 0 after none, linear between known waits, held beyond the last."""
+    before_s, before = 0.0, 0.0
     for known_s, known in cold:
         if waited_s < known_s:
             return before + (known - before) * (waited_s - before_s) / (known_s - before_s)

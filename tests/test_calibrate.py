@@ -40,7 +40,7 @@ from runtime.calibrate import FULL, SMOKE, calibrate
 from runtime.changes import beside_changes
 from runtime.coldstart import attention
 from runtime.resume import KeptParts, Timed
-from runtime.rounds import Effort, Measuring, finish, in_rounds
+from runtime.rounds import Effort, Measuring, finish, flat, in_rounds
 from runtime.turns import Turn, progress_bar, take_turns
 from sim.timeline import Span, Timeline
 from tests.tiny import write_tiny
@@ -283,11 +283,12 @@ def test_the_least_rounds_are_run_even_when_the_time_is_over(clock):
 
 
 def test_long_cases_are_visited_in_every_second_round(clock):
-    # of 2.3 s the long case takes 2, more than twice the average of three; its first visit warms up
-    short, other, long = Runs(clock, 0.1), Runs(clock, 0.2), Runs(clock, 2.0)
-    times = finish(in_rounds([short, other, long], Effort(1, 6, 100.0)))
-    assert (short.visits, other.visits, long.visits) == (1 + 6, 1 + 6, 1 + 3)
-    assert [[len(own) for own in rounds] for rounds in times.values()] == [[1] * 6, [1] * 6, [1, 0, 1, 0, 1, 0]]
+    # of 2.6 s the long case takes 2, more than four times the average of seven; its first visit warms up
+    *short, long = [Runs(clock, 0.1) for _ in range(6)] + [Runs(clock, 2.0)]
+    times = finish(in_rounds([*short, long], Effort(1, 6, 100.0)))
+    assert [case.visits for case in short] == [1 + 6] * 6
+    assert long.visits == 1 + 3
+    assert [[len(own) for own in rounds] for rounds in times.values()] == [[1] * 6] * 6 + [[1, 0, 1, 0, 1, 0]]
 
 
 def test_every_case_has_a_time_after_the_first_round_that_counts(clock):
@@ -341,6 +342,22 @@ def test_a_case_that_skips_a_round_keeps_its_rounds_in_step(clock):
 
     found = finish(in_rounds([case], Effort(3, 3, 100.0)))
     assert found == {"always": [[1.0], [1.0], [1.0]], "once": [[], [2.0], []]}
+
+
+def test_a_long_round_is_cut_into_slices_of_several_cases_in_an_order_of_its_own(clock):
+    # 20 cases of an eighth: 2.5 s are seven slices of 0.35 s, but a slice has eight cases at least
+    cases = [Runs(clock, 0.125) for _ in range(20)]
+    times = finish(in_rounds(cases, Effort(3, 3, 100.0)))
+    by_slice = [[case for case, own in times.items() if own[i]] for i in range(6)]
+    assert [len(own) for own in by_slice] == [10] * 6
+    assert {*by_slice[0], *by_slice[1]} == {*by_slice[2], *by_slice[3]} == set(times)
+    assert set(by_slice[0]) != set(by_slice[2])
+
+
+def test_a_part_may_stop_between_slices(clock):
+    # 2.5 s to warm up and 2.5 s a round: the time is over amid the second that counts
+    times = finish(in_rounds([Runs(clock, 0.125) for _ in range(20)], Effort(1, 9, 5.5)))
+    assert sorted(len(flat(own)) for own in times.values()) == [1] * 10 + [2] * 10
 
 
 # -- a calibration ------------------------------------------------------------------------------------
@@ -404,7 +421,7 @@ class Fake:
             if name == "together":
                 return Part(contention=(Contention(("CPU", "H2D"), {"CPU": 0.5, "H2D": 1.0}, "measured"),))
             if name == "waits":
-                cold = (Cold(0.002, 1.25, "measured"),)
+                cold = (Cold(0.002, 0.001, "measured"),)
                 return replace(handoffs({"CPU>H2D": [5.0], "GPU>H2D": [2.0]}), cold=cold)
             if name == "overlap":
                 return handoffs({"CPU>H2D": [1.0]})
@@ -436,7 +453,7 @@ def test_an_interrupted_calibration_goes_on_where_it_was(cache, monkeypatch, cap
     )
     assert profile.handoff_s == {"CPU>H2D": 1.0, "GPU>H2D": 2.0}  # of two parts the one that overlaps counts
     assert profile.contention[0].rate["CPU"] == 0.5
-    assert profile.cold == (Cold(0.002, 1.25, "measured"),)
+    assert profile.cold == (Cold(0.002, 0.001, "measured"),)
 
 
 def test_rounds_are_kept_and_the_next_call_goes_on_after_them(tmp_path, clock):
@@ -487,7 +504,7 @@ def test_parts_take_turns_and_the_first_and_the_last_do_not(tmp_path):
     found: dict[str, Part] = {}
     with progress_bar("", shown=False) as bar:
         take_turns(parts, found, KeptParts(tmp_path), bar, 100.0)
-    assert order == ["before"] * 8 + (["a"] * 2 + ["b"] * 2) * 4 + ["after"] * 8
+    assert order == ["before"] * 8 + ["a", "b"] * 8 + ["after"] * 8
     assert list(found) == ["before 1", "a 1", "b 1", "after 1"]
 
 

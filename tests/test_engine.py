@@ -211,7 +211,7 @@ def test_a_rate_that_stops_or_reverses_work_is_refused(bad: float) -> None:
 
 # -- cold starts --------------------------------------------------------------------------------------
 
-COLD = ((2.0, 1.5), (4.0, 2.0))
+COLD = ((2.0, 0.5), (4.0, 1.0))
 
 
 def cold_run(*tasks: Task) -> list[float]:
@@ -224,12 +224,13 @@ def attention(name: str, resource: Resource, flops: float, *deps: str) -> Task:
     return replace(task(name, resource, flops, *deps), kind="attn")
 
 
-@pytest.mark.parametrize(("waits_s", "takes_s"), [(0, 1.0), (1, 1.25), (2, 1.5), (3, 1.75), (4, 2.0), (9, 2.0)])
-def test_attention_takes_longer_the_longer_its_thread_waited(waits_s: float, takes_s: float) -> None:
-    # GPU: |a0|         |-a1-|      |a1| if it need not wait
+@pytest.mark.parametrize("flops", [1, 8])
+@pytest.mark.parametrize(("waits_s", "cold_s"), [(0, 0), (1, 0.25), (2, 0.5), (3, 0.75), (4, 1), (9, 1)])
+def test_attention_takes_longer_the_longer_its_thread_waited(waits_s: float, cold_s: float, flops: float) -> None:
+    # GPU: |a0|         |-a1-|      |a1| if it need not wait; as much longer for a prompt as for a token
     # CPU:     |---c---|
-    ends = cold_run(attention("a0", GPU, 1), task("c", CPU, waits_s, "a0"), attention("a1", GPU, 1, "c"))
-    assert ends[-1] == 1 + waits_s + takes_s
+    ends = cold_run(attention("a0", GPU, 1), task("c", CPU, waits_s, "a0"), attention("a1", GPU, flops, "c"))
+    assert ends[-1] == 1 + waits_s + flops + cold_s
 
 
 def test_computing_an_mlp_part_is_no_wait_on_the_resource_where_attention_ran() -> None:
@@ -238,7 +239,7 @@ def test_computing_an_mlp_part_is_no_wait_on_the_resource_where_attention_ran() 
     ends = cold_run(
         attention("a0", GPU, 1), task("g", GPU, 3, "a0"), task("c", CPU, 5, "a0"), attention("a1", GPU, 2, "g", "c")
     )
-    assert ends[-1] == 6 + 3
+    assert ends[-1] == 6 + 2.5
     # CPU: |a0||-c-|                its thread came straight from the CPU's layer
     # GPU:          |a1|
     assert cold_run(attention("a0", CPU, 1), task("c", CPU, 5, "a0"), attention("a1", GPU, 2, "c"))[-1] == 8
@@ -286,8 +287,8 @@ def test_what_follows_the_cpus_work_on_the_device_finds_it_cold() -> None:
     made = graph(CROSSING)
     prices = price(made, MOVED)
     assert schedule(made, prices, MOVED.rates)[1][2:] == [12, 13]  # 1 + 3, then 1
-    warm = replace(prices, moved_s=0.0, cold=((6.0, 2.0),))
-    assert schedule(made, warm, MOVED.rates)[1][2] == 10  # it waited for 7: twice as long
+    warm = replace(prices, moved_s=0.0, cold=((6.0, 1.0),))
+    assert schedule(made, warm, MOVED.rates)[1][2] == 10  # it waited for 7: one more
     assert schedule(made, replace(warm, moved_s=3.0), MOVED.rates)[1][2] == 12, "the longer of the two"
 
 

@@ -36,7 +36,7 @@ def calibrated(slowness: float, created: str = "2026-01-01", load: str = "up to 
         handoff_s={"CPU>GPU": slowness / 8},
         handoff_repeats={"CPU>GPU": Repeats(0.25, 3)},
         contention=(Contention(("CPU", "H2D"), {"CPU": 0.5 / slowness, "H2D": 1.0}, "measured"),),
-        cold=(Cold(slowness, 1 + slowness / 10, "measured", Repeats(0.01, 4)),),
+        cold=(Cold(slowness, slowness / 10, "measured", Repeats(0.01, 4)),),
         moves=(Move("GPU", slowness, slowness / 2, slowness / 4, "measured", Repeats(0.5, 2)),),
     )
 
@@ -48,7 +48,7 @@ def test_every_number_is_the_mean_of_the_calibrations_without_the_fastest_and_th
     assert [s.median_s for s in ffn.samples] == [4.0, 8.0]
     assert found.handoff_s == {"CPU>GPU": 0.5}
     assert found.contention[0].rate == {"CPU": pytest.approx((1 / 4 + 1 / 12) / 2), "H2D": 1.0}
-    assert (found.cold[0].waited_s, found.cold[0].factor) == (4.0, pytest.approx(1.4))
+    assert (found.cold[0].waited_s, found.cold[0].cold_s) == (4.0, pytest.approx(0.4))
     assert found.moves == (Move("GPU", 4.0, 2.0, 1.0, "measured", Repeats(8.0, 8)),), "9 - 1 is the widest"
     assert found.peaks["CPU"].bytes_per_s == 4e6 / 4.0, "peaks are read from the pooled curves"
     assert found.peaks["H2D"].bytes_per_s == 2e6 / 4.0

@@ -43,7 +43,7 @@ PROFILE = HardwareProfile(
     curves=(CURVE,),
     handoff_s={"CPU>GPU": 0.5},
     contention=(Contention(("CPU", "H2D"), {"CPU": 0.5, "H2D": 0.8}, "measured"),),
-    cold=(Cold(0.125, 1.25, "measured"), Cold(0.25, 1.5, "measured", Repeats(0.5, 9))),
+    cold=(Cold(0.125, 0.25, "measured"), Cold(0.25, 0.5, "measured", Repeats(0.5, 9))),
     moves=(Move("CPU", 0.5, 0.25, 0.0, "measured"), Move("GPU", 1.0, 0.5, 2.0, "measured", Repeats(0.5, 9))),
 )
 
@@ -290,7 +290,7 @@ def put(value: Any, path: str, new: Any) -> None:
             r"contention\[0\]: repeats names \['CPU'\], active",
         ),
         ("curves.0.samples.1.weight_bytes", 10, r"curves\[0\]: curve GPU/ffn/float32: two samples at \(1, 10\)"),
-        ("cold.0.factor", 0.9, r"hw.json.cold\[0\]: factor is 0.9, must be at least 1"),
+        ("cold.0.cold_s", -1.0, r"hw.json.cold\[0\]: cold_s is -1.0, must not be negative"),
         ("cold.0.waited_s", 0, r"hw.json.cold\[0\]: waited_s is 0.*, must be above zero"),
         ("cold.0.waited_s", 0.5, r"hw.json: cold has waits of \[0.5, 0.25\] s; expected rising ones"),
         ("moves.0.to", "H2D", r"moves\[0\].to: found 'H2D', expected one of 'CPU', 'GPU'"),

@@ -48,7 +48,7 @@ PROFILE = HardwareProfile(
     sources={"vram_bytes": "datasheet"},
     notes=("A note.",),
     handoff_repeats={"CPU>GPU": Repeats(1e-6, 20)},
-    cold=(Cold(1e-3, 1.5, "measured", Repeats(0.5, 9)),),
+    cold=(Cold(1e-3, 5e-4, "measured", Repeats(0.5, 9)),),
     moves=(Move("GPU", 1e-4, 1e-5, 1e-3, "measured", Repeats(1e-6, 9)),),
 )
 OPTIONAL = {"sources", "notes", "handoff_repeats", "laws", "outliers", "repeats", "computing", "cold", "moves"}

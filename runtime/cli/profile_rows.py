@@ -30,8 +30,8 @@ def figure_rows(profile: HardwareProfile) -> list[Row]:
             label = f"{name} in {others}{_spread(entry.repeats.get(name), 1.0, '')}"
             rows.append(_row("contention", label, rate, "of alone", entry.source))
     for cold in profile.cold:
-        label = f"no MLP's, after waiting {format_number(cold.waited_s * 1e3)} ms{_spread(cold.repeats, 1.0, '')}"
-        rows.append(_row("cold start", label, cold.factor, "of warm", cold.source))
+        label = f"no MLP's, after waiting {format_number(cold.waited_s * 1e3)} ms{_spread(cold.repeats, 1e6, ' µs')}"
+        rows.append(_row("cold start", label, cold.cold_s * 1e6, "µs more", cold.source))
     for move in profile.moves:
         told = {
             f"before the copy{_spread(move.repeats, 1e6, ' µs')}": move.before_s,
