@@ -393,7 +393,7 @@ GROWN = 0.005
 """How much a committed error may grow, as a share of the time: half of a per cent."""
 SINCE = {
     "fidelity-turin-2": {
-        # Prompts were 1 % too slow there in the median and decode 6 % too fast, which made up for each other. What waits
+        # Prompts were 1 % too slow there in the median, decode 6 % too fast: each made up for the other. What waits
         # cost prompts is right since; their heads and gaps between tasks of the CPU were not measured there.
         "throughput error, median": 0.0427,
         "throughput error, 90th percentile": 0.1256,
