@@ -37,6 +37,7 @@ struct Item {
   const Expert* expert;
   const Piece* piece;
   int64_t first, last;
+  int64_t block;  // of tokens, the first, if by tiles
 };
 
 struct Part {
@@ -83,11 +84,14 @@ void pack_block(void* context, int64_t index) {
                       block.expert->blocks + block.index * block_bytes(call.D));
 }
 
-// The gate and up rows of an item; none if there is no such item, or no tiles are for it.
-Strip strip_of(const Call& call, int64_t index) {
+// Gate and up rows of an item; none if there is no such item, or no tiles are for it.
+Strip strip_of(const Call& call, int64_t index, int64_t strip) {
+  constexpr int64_t HALF = STRIP_ROWS / 2;
   if (index >= int64_t(call.items.size()) || !call.items[size_t(index)].expert->tiled) return {};
   const Item& item = call.items[size_t(index)];
-  const int64_t n = item.last - item.first, at = item.first * call.D * call.weight_bytes;
+  const int64_t first = item.first + strip * HALF, left = item.last - first, n = left < HALF ? left : HALF;
+  if (n <= 0) return {{item.piece->gate, item.piece->up}, {0, 0}};  // columns of h end in zeros
+  const int64_t at = first * call.D * call.weight_bytes;
   return {{item.piece->gate + at, item.piece->up + at}, {n, n}};
 }
 
@@ -95,30 +99,31 @@ void gate_and_up_by_tiles(const Call& call, int64_t index) {
   struct Columns {
     const Call& call;
     const Item& item;
-    int64_t block;
-  } columns{call, call.items[size_t(index)], 0};
-  const Expert& expert = *columns.item.expert;
+  } columns{call, call.items[size_t(index)]};
+  const Item& item = columns.item;
+  const int64_t n = up_to(item.last - item.first, PAD) / (STRIP_ROWS / 2), left = blocks_of(item.expert->n_rows) - item.block;
+  Strip strips[MOST_STRIPS];
+  for (int64_t i = 0; i < n; i++) strips[i] = strip_of(call, index, i);
   Scratch& s = scratch();
-  for (const int64_t n = blocks_of(expert.n_rows); columns.block < n; columns.block += MOST_BLOCKS) {
-    const int64_t left = n - columns.block, some = left < MOST_BLOCKS ? left : MOST_BLOCKS;
-    const Strip now = strip_of(call, index), next = left > some ? now : strip_of(call, index + call.n_threads);
-    call.k->tiles->multiply({now, next, call.D, call.D, expert.blocks + columns.block * block_bytes(call.D), some, s.one,
-                             s.wide,
-                             [](const void* context, int64_t block, const float* sums) {
-                               const auto& [call, item, first] = *static_cast<const Columns*>(context);
-                               char* h = item.piece->h + (first + block) * item.piece->stride + item.first * SIDE * 2;
-                               call.k->tiles->activate(sums, item.last - item.first, call.act, h);
-                             },
-                             &columns});
-  }
+  call.k->tiles->multiply({strips, n, strip_of(call, index + call.n_threads, 0), call.D, call.D,
+                           item.expert->blocks + item.block * block_bytes(call.D), left < MOST_BLOCKS ? left : MOST_BLOCKS,
+                           s.sums, s.wide,
+                           [](const void* context, int64_t strip, int64_t block, int part, const float* sums) {
+                             const auto& [call, item] = *static_cast<const Columns*>(context);
+                             const int64_t first = item.first + strip * STRIP_ROWS / 2;
+                             char* h = item.piece->h + (item.block + block) * item.piece->stride + first * SIDE * 2;
+                             call.k->tiles->activate(sums, part, item.last - first, call.act, h);
+                           },
+                           &columns});
 }
 
+// Rows of down, n at most; none beyond those there are.
 Strip strip_of_down(const Call& call, const Part& part, int64_t first, int64_t n) {
-  const int64_t row_bytes = part.piece->columns * call.weight_bytes;
-  if (!part.expert->tiled || first + n > call.D) return {};
+  const int64_t row_bytes = part.piece->columns * call.weight_bytes, half = STRIP_ROWS / 2;
+  if (!part.expert->tiled || first >= call.D) return {};
   const char* w = part.piece->down + first * row_bytes;
-  const int64_t half = n < STRIP_ROWS / 2 ? n : STRIP_ROWS / 2;
-  return {{w, w + half * row_bytes}, {half, n - half}};
+  const int64_t rows = n < STRIP_ROWS ? n : STRIP_ROWS, some = rows < half ? rows : half;
+  return {{w, w + some * row_bytes}, {some, rows - some}};
 }
 
 // Adds to sums [S, n].
@@ -132,23 +137,57 @@ void add_down_by_tiles(const Call& call, const Part& part, const Part& then, int
   } rows{call, *part.expert, sums, n, 0};
   Scratch& s = scratch();
   const Piece& piece = *part.piece;
+  Strip strips[MOST_STRIPS];
+  int64_t n_strips = 0;
+  for (int64_t r = 0; r < n; r += STRIP_ROWS) strips[n_strips++] = strip_of_down(call, part, first + r, n - r);
   for (const int64_t n_blocks = blocks_of(part.expert->n_rows); rows.block < n_blocks; rows.block += MOST_BLOCKS) {
     const int64_t left = n_blocks - rows.block, some = left < MOST_BLOCKS ? left : MOST_BLOCKS;
-    const Strip now = strip_of_down(call, part, first, n), next = left > some ? now : strip_of_down(call, then, row, n);
+    const Strip next = left > some ? strips[0] : strip_of_down(call, then, row, call.D - row);
     const int64_t next_K = left > some ? piece.columns : then.piece->columns;
-    call.k->tiles->multiply({now, next, piece.columns, next_K, piece.h + rows.block * piece.stride, some, s.one, s.wide,
-                             [](const void* context, int64_t block, const float* sums) {
+    call.k->tiles->multiply({strips, n_strips, next, piece.columns, next_K, piece.h + rows.block * piece.stride, some,
+                             s.sums, s.wide,
+                             [](const void* context, int64_t strip, int64_t block, int part, const float* sums) {
                                const Rows& rows = *static_cast<const Rows*>(context);
                                const int64_t t0 = (rows.block + block) * SIDE, left = rows.expert.n_rows - t0;
-                               const int64_t n_tokens = left < SIDE ? left : SIDE;
+                               const int64_t n_tokens = left < SIDE ? left : SIDE, r = strip * STRIP_ROWS;
                                float* to[SIDE];
                                for (int64_t t = 0; t < n_tokens; t++)
-                                 to[t] = rows.sums + (rows.expert.rows ? rows.expert.rows[t0 + t] : t0 + t) * rows.n;
+                                 to[t] = rows.sums + (rows.expert.rows ? rows.expert.rows[t0 + t] : t0 + t) * rows.n + r;
                                const float* weights = rows.expert.weights ? rows.expert.weights + t0 : nullptr;
-                               rows.call.k->tiles->add(sums, rows.n, n_tokens, weights, to);
+                               rows.call.k->tiles->add(sums, part, rows.n - r, n_tokens, weights, to);
                              },
                              &rows});
   }
+}
+
+// A tile product's share of y itself, where there is nothing to add.
+void down_of_all(void* context, int64_t index) {
+  struct Rows {
+    const Call& call;
+    int64_t first, n, block;
+  };
+  const Call& call = *static_cast<const Call*>(context);
+  const Part& part = call.parts.front();
+  const int64_t n_blocks = blocks_of(call.S), groups = (n_blocks + MOST_BLOCKS - 1) / MOST_BLOCKS;
+  const int64_t first = index / groups * call.at_once, all = call.D - first, next = (index + call.n_threads) / groups;
+  Rows rows{call, first, all < call.at_once ? all : call.at_once, index % groups * MOST_BLOCKS};
+  const int64_t left = n_blocks - rows.block;
+  Scratch& s = scratch();
+  Strip strips[MOST_STRIPS];
+  int64_t n = 0;
+  for (int64_t r = 0; r < rows.n; r += STRIP_ROWS) strips[n++] = strip_of_down(call, part, first + r, rows.n - r);
+  call.k->tiles->multiply({strips, n, strip_of_down(call, part, next * call.at_once, call.D - next * call.at_once),
+                           part.piece->columns, part.piece->columns, part.piece->h + rows.block * part.piece->stride,
+                           left < MOST_BLOCKS ? left : MOST_BLOCKS, s.sums, s.wide,
+                           [](const void* context, int64_t strip, int64_t block, int part, const float* sums) {
+                             static constexpr float none[STRIP_ROWS] = {};
+                             const auto& [call, first, n, from] = *static_cast<const Rows*>(context);
+                             const int64_t t = (from + block) * SIDE, r = strip * STRIP_ROWS, left = call.S - t;
+                             char* y = call.y + (t * call.D + first + r) * call.weight_bytes;
+                             call.k->tiles->store(sums, part, n - r, left < SIDE ? left : SIDE, none, y,
+                                                  call.D * call.weight_bytes);
+                           },
+                           &rows});
 }
 
 // -- by rows ---------------------------------------------------------------------------------------------------------
@@ -277,11 +316,12 @@ void share_out(Call& call, Memory& memory, int n_threads) {
       total += size_t(size_of_h(expert, piece));
       call.parts.push_back({&expert, &piece});
       const int64_t by_rows = rows_at_once(n_columns, n_threads, are_many(call.k, expert.n_rows));
-      const int64_t most = expert.tiled ? STRIP_ROWS / 2 : by_rows;
+      const int64_t most = expert.tiled ? MOST_STRIPS * STRIP_ROWS / 2 : by_rows;
       many |= are_many(call.k, expert.n_rows);
       for (int64_t first = 0; first < piece.columns; first += most) {
         const int64_t last = first + most < piece.columns ? first + most : piece.columns;
-        call.items.push_back({&expert, &piece, first, last});
+        for (int64_t block = 0; block == 0 || (expert.tiled && block < blocks_of(expert.n_rows)); block += MOST_BLOCKS)
+          call.items.push_back({&expert, &piece, first, last, block});
       }
     }
   char* h = memory.h.at_least(total);
@@ -292,7 +332,7 @@ void share_out(Call& call, Memory& memory, int n_threads) {
     expert.blocks = blocks;
     if (expert.tiled) blocks += blocks_of(expert.n_rows) * block_bytes(call.D);
   }
-  call.at_once = call.blocks.empty() ? rows_at_once(call.D, n_threads, many, most_of_down(call)) : STRIP_ROWS;
+  call.at_once = call.blocks.empty() ? rows_at_once(call.D, n_threads, many, most_of_down(call)) : tiled_rows_at_once(call.D, n_threads);
 }
 
 }  // namespace
@@ -350,7 +390,10 @@ int scheinfer_mlp(const void* x, void* y, int64_t S, int64_t D, int dtype, int a
       });
     parallel(n_threads, int64_t(call.blocks.size()), pack_block, &call);
     parallel(n_threads, int64_t(call.items.size()), gate_and_up, &call);
-    parallel(n_threads, (D + call.at_once - 1) / call.at_once, down, &call);
+    const Expert* only = call.parts.size() == 1 ? call.parts.front().expert : nullptr;
+    const bool whole = only && only->tiled && !only->rows && !only->weights && only->n_rows == S;
+    const int64_t groups = whole ? (blocks_of(S) + MOST_BLOCKS - 1) / MOST_BLOCKS : 1;
+    parallel(n_threads, (D + call.at_once - 1) / call.at_once * groups, whole ? down_of_all : down, &call);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
