@@ -127,13 +127,13 @@ class Kernel:
         check(self.library.scheinfer_norm(*pointers, n_rows, width, eps, code, best, threads()))
         return y_SD
 
-    def add(self, x_SD: Tensor, y_SD: Tensor) -> Tensor:
+    def add(self, x_SD: Tensor, y_SD: Tensor, isa: str | None = None) -> Tensor:
         """x + y, rounded once. Contiguous tensors of one shape."""
         sum_SD = torch.empty_like(x_SD)
         n_rows, width = x_SD.numel() // x_SD.shape[-1], x_SD.shape[-1]
         pointers = (x_SD.data_ptr(), y_SD.data_ptr(), sum_SD.data_ptr())
-        code = _DTYPES[x_SD.dtype]
-        check(self.library.scheinfer_add(*pointers, n_rows, width, code, ISAS.index(self.isa), threads()))
+        code, best = _DTYPES[x_SD.dtype], ISAS.index(isa or self.isa)
+        check(self.library.scheinfer_add(*pointers, n_rows, width, code, best, threads()))
         return sum_SD
 
     def turn(self, x_SHD: Tensor, cos: Tensor, sin: Tensor, isa: str | None = None) -> None:
