@@ -22,7 +22,7 @@ from runtime.executor import Executor
 from runtime.ffn import PartitionedExperts, PartitionedMlp
 from runtime.kv import GrowingLayer, Room
 from runtime.native.layer import LayerWords
-from runtime.projection import Projection
+from runtime.projection import FEW_ROWS, Projection, is_kernels
 from runtime.recording import LayerRun
 from runtime.skeleton import decoder_layers
 from runtime.watch import Fact, Link, Value, Watch
@@ -87,8 +87,21 @@ class StepLayer(nn.Module):
                 tables, past = kwargs["position_embeddings"], cache.layers[self.index]
                 self.executor.run_layer(self.index, partial(self._compute, hidden_states, out, tables, past, room))
                 return out
-        found: Tensor = super().forward(hidden_states, *args, **kwargs)
-        return found
+        kernel = None if args else self._sums_of_prompt(hidden_states)
+        if kernel is None:
+            found: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return found
+        modules: Any = self
+        mixed, _ = modules.self_attn(hidden_states=modules.input_layernorm(hidden_states), **kwargs)
+        hidden = _sum(kernel, hidden_states, mixed)
+        return _sum(kernel, hidden, modules.mlp(modules.post_attention_layernorm(hidden)))
+
+    def _sums_of_prompt(self, hidden: Tensor) -> native.Kernel | None:
+        """The kernel, where torch has one thread and its sums of a prompt's rows would take as long as norms."""
+        rows = hidden.numel() // hidden.shape[-1]
+        if rows <= FEW_ROWS or not (is_kernels(rows) and hidden.is_contiguous() and native.holds(hidden)):
+            return None
+        return native.kernel() if self.prepared.watch.holds() else None
 
     def _is_step(self, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether this is one new token for each of few sequences, and the kernel's to compute."""
@@ -128,6 +141,11 @@ class StepLayer(nn.Module):
         kernel.layer(words)
         past.written(1)
         return self.prepared.run()
+
+
+def _sum(kernel: native.Kernel, one: Tensor, other: Tensor) -> Tensor:
+    alike = one.shape == other.shape and other.is_contiguous() and native.holds(one, other)
+    return kernel.add(one, other) if alike else one + other
 
 
 def grows(cache: object) -> TypeGuard[DynamicCache]:

@@ -32,6 +32,16 @@ cases = given(
 @settings(deadline=None, max_examples=40)
 @cases
 @torch.no_grad()
+def test_a_sum_of_rows_has_torchs_bits(dtype: torch.dtype, isa: int, n_rows: int, eighths: int) -> None:
+    assert isinstance(INSTALLED, native.Kernel)
+    x, y = (torch.randn(100 * n_rows, 201 * eighths).to(dtype) for _ in range(2))
+    assert torch.equal(INSTALLED.add(x, y, INSTALLED.isas[isa]), x + y)
+
+
+@needs_kernel
+@settings(deadline=None, max_examples=40)
+@cases
+@torch.no_grad()
 def test_a_norm_is_the_models_own(dtype: torch.dtype, isa: int, n_rows: int, eighths: int) -> None:
     assert isinstance(INSTALLED, native.Kernel)
     module = LlamaRMSNorm(20 * eighths).to(dtype)

@@ -24,13 +24,13 @@ from torch.nn import functional
 
 from hwmodels.errors import ExecutionError, KernelError
 from hwmodels.machine import Finding, read_machine
-from runtime.native.layer import ForwardWords, LayersWords, LayerWords
+from runtime.native.layer import ForwardWords, LayersWords, LayerWords, declare
 
 LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16", "AMX_BF16")
 """Instruction sets that the kernel is compiled for, the best last."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE, _NOT_OURS = 12, 3
+_INTERFACE, _NOT_OURS = 13, 3
 MOST_WIDTH = 256
 """Of a head in attend_prompt."""
 _AMX_ROWS = 32  # as many as AMX computes in the time of one
@@ -126,6 +126,15 @@ class Kernel:
         code, best = _DTYPES[x_SD.dtype], ISAS.index(isa or self.isa)
         check(self.library.scheinfer_norm(*pointers, n_rows, width, eps, code, best, threads()))
         return y_SD
+
+    def add(self, x_SD: Tensor, y_SD: Tensor, isa: str | None = None) -> Tensor:
+        """x + y, rounded once. Contiguous tensors of one shape."""
+        sum_SD = torch.empty_like(x_SD)
+        n_rows, width = x_SD.numel() // x_SD.shape[-1], x_SD.shape[-1]
+        pointers = (x_SD.data_ptr(), y_SD.data_ptr(), sum_SD.data_ptr())
+        code, best = _DTYPES[x_SD.dtype], ISAS.index(isa or self.isa)
+        check(self.library.scheinfer_add(*pointers, n_rows, width, code, best, threads()))
+        return sum_SD
 
     def turn(self, x_SHD: Tensor, cos: Tensor, sin: Tensor, isa: str | None = None) -> None:
         """Rotary embedding in place, by contiguous tables [S, D], or [1, D] for all rows; pairs are half of D apart."""
@@ -238,29 +247,7 @@ def load(path: Path) -> Kernel:
         raise KernelError(f"the native kernel is not there ({error}); install a C++ compiler and reinstall") from error
     if interface != _INTERFACE:
         raise KernelError(f"{path} has interface {interface}, expected {_INTERFACE}; reinstall the package")
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.scheinfer_mlp.argtypes = [pointer, pointer, number, number, *[ctypes.c_int] * 4, number, pointer]
-    library.scheinfer_linear.argtypes = [pointer, *[number] * 3, pointer, *[ctypes.c_int] * 3]
-    library.scheinfer_norm.argtypes = [*[pointer] * 3, number, number, ctypes.c_double, *[ctypes.c_int] * 3]
-    library.scheinfer_turn.argtypes = [*[pointer] * 3, *[number] * 4, *[ctypes.c_int] * 3]
-    library.scheinfer_attend.argtypes = [*[pointer] * 5, ctypes.c_double, *[ctypes.c_int] * 3]
-    library.scheinfer_layer.argtypes = [ctypes.POINTER(LayerWords), ctypes.c_int]
-    library.scheinfer_layers.argtypes = [ctypes.POINTER(LayersWords), ctypes.c_int]
-    library.scheinfer_forward.argtypes = [ctypes.POINTER(ForwardWords), ctypes.c_int]
-    library.scheinfer_attend_prompt.argtypes = [*[pointer] * 5, ctypes.c_double, *[ctypes.c_int] * 3]
-    library.scheinfer_read.argtypes = [pointer, number, ctypes.c_int]
-    library.scheinfer_copy.argtypes = [pointer, number, ctypes.c_double, number]
-    library.scheinfer_copy.restype = None
-    library.scheinfer_stay_awake.argtypes = [ctypes.c_int]
-    library.scheinfer_stay_awake.restype = None
-    library.scheinfer_read.restype = ctypes.c_uint64
-    library.scheinfer_perform.argtypes = [pointer]
-    library.scheinfer_queues_open.argtypes = [pointer, number, number]
-    library.scheinfer_queues_open.restype = pointer
-    library.scheinfer_queues_run.argtypes = [pointer, pointer, number, ctypes.c_int]
-    library.scheinfer_queues_rest.argtypes = [pointer, ctypes.c_int]
-    library.scheinfer_queues_close.argtypes = [pointer]
-    library.scheinfer_queues_rest.restype = library.scheinfer_queues_close.restype = None
+    declare(library)
     return Kernel(library, tuple(name for i, name in enumerate(ISAS) if library.scheinfer_has(i)))
 
 

@@ -21,6 +21,37 @@ inline void written() { asm volatile("" ::: "memory"); }  // tile loads do not t
 inline __mmask32 first_of(int64_t n) { return n >= 32 ? ~__mmask32(0) : n > 0 ? (__mmask32(1) << n) - 1 : 0; }
 inline __mmask16 first16_of(int64_t n) { return __mmask16(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0); }
 
+// N tiles of sums, as zeros or from where they lie.
+template <int N>
+inline void begin_sums(const float* sums, bool zeros) {
+  static_assert(N == 2 || N == 4, "tiles are named by constants");
+  if (zeros) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (N == 4) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    return;
+  }
+  _tile_loadd(0, sums, LINE);
+  _tile_loadd(1, sums + 256, LINE);
+  if constexpr (N == 4) {
+    _tile_loadd(2, sums + 512, LINE);
+    _tile_loadd(3, sums + 768, LINE);
+  }
+}
+
+template <int N>
+inline void store_sums(float* sums) {
+  _tile_stored(0, sums, LINE);
+  _tile_stored(1, sums + 256, LINE);
+  if constexpr (N == 4) {
+    _tile_stored(2, sums + 512, LINE);
+    _tile_stored(3, sums + 768, LINE);
+  }
+}
+
 void pack(const void* const* rows, int64_t n_rows, int64_t K, void* block) {
   char* to = static_cast<char*>(block);
   for (int64_t k = 0; k < K; k += STEP, to += TILE_BYTES) {

@@ -2,8 +2,9 @@
 //
 // W is the first operand as it lies, 32 weights of a row beside each other; tokens are the second, packed by pairs. So
 // weights are never transposed, and what comes out as [row of W][token] is, of gate and up, already the order in which
-// down's product reads it. Four tiles of W and of sums, one of tokens: 64 rows of W by 256 of K stay in the first
-// cache (32 KiB), tokens and partial sums stream through it. Sums run through K in one order, whatever the other tokens.
+// down's product reads it. Two tiles of W by two of tokens: a strip of 32 rows by 512 of K stays in the first cache (32
+// KiB), tokens are loaded past it from the second, where 256 of them by 512 of K serve eight strips: the third cache gives
+// each core a tile in the time of seven products. Sums run through K in one order, whatever the other tokens.
 #include "kernel.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
@@ -16,18 +17,19 @@ namespace {
 
 // -- products --------------------------------------------------------------------------------------------------------
 
-// Lines of what is needed next, row after row of a block of K, fetched a few at a time.
+// Lines of what is needed next, row after row, fetched into the second cache a few at a time.
 struct Ahead {
   const char *at, *other;
-  int64_t line = 0, n_lines, left, other_left, stride;
+  int64_t line = 0, n_lines, left, other_left, stride, each = 0;
 
+  // A strip's block of K.
   Ahead(const Strip& s, int64_t K, int64_t k0)
       : at(s.w[0] + k0 * 2), other(s.w[1] + k0 * 2), left(s.rows[0]), other_left(s.rows[1]), stride(K * 2) {
     n_lines = ((K - k0 < STRIP_K ? K - k0 : STRIP_K) * 2 + LINE - 1) / LINE;
   }
-  int64_t all() const { return (left + other_left) * n_lines; }
-  void fetch(int64_t n) {
-    for (; n > 0 && left > 0; n--) {
+  void over(int64_t steps) { each = ((left + other_left) * n_lines + steps - 1) / steps; }
+  void fetch() {
+    for (int64_t n = each; n > 0 && left > 0; n--) {
       _mm_prefetch(at + line * LINE, _MM_HINT_T1);
       if (++line < n_lines) continue;
       line = 0, at += stride;
@@ -36,91 +38,119 @@ struct Ahead {
   }
 };
 
-// Weights of a strip, n of K, as [step][16 rows four times][32 weights]; zeros beyond.
+// Sums that are done, finished part by part beside tiles that are still multiplied.
+struct Finishing {
+  const StripProduct& p;
+  int64_t strip = 0, block = 0, n_left = 0;
+  const float* sums = nullptr;
+
+  void begin(int64_t of_strip, int64_t first, int64_t n_blocks, const float* from) {
+    strip = of_strip, block = first, n_left = n_blocks * FINISHES, sums = from;
+  }
+  void some() {
+    if (n_left == 0) return;
+    const int part = int(-n_left & (FINISHES - 1));
+    p.finish(p.context, strip, block, part, sums);
+    if (part == FINISHES - 1) block++, sums += SIDE * STRIP_ROWS;
+    n_left--;
+  }
+  void rest() {
+    while (n_left) some();
+  }
+};
+
+// Weights of a strip, n of K, as [step][16 rows twice][32 weights]; zeros beyond.
 void copy_strip(const Strip& s, int64_t stride, int64_t n, char* to) {
   for (int half = 0; half < 2; half++)
     for (int64_t r = 0; r < HALF; r++)
       for (int64_t k = 0; k < n; k += STEP) {
         const __mmask32 some = r < s.rows[half] ? first_of(n - k) : 0;
         const char* from = s.w[half] + (some ? r * stride + k * 2 : 0);
-        _mm512_store_si512(to + k / STEP * 4 * TILE_BYTES + half * 2 * TILE_BYTES + r * LINE, _mm512_maskz_loadu_epi16(some, from));
+        _mm512_store_si512(to + (k / STEP * 2 + half) * TILE_BYTES + r * LINE, _mm512_maskz_loadu_epi16(some, from));
       }
   written();
 }
 
-// Sums of a strip's 64 rows and one block of tokens over some steps of K, from a copy of the weights, or from the weights
-// themselves, which are copied meanwhile.
-template <bool COPIES>
-inline void multiply_block(const Strip& s, int64_t stride, char* copy, const char* x, int64_t steps, bool begins,
-                           float* sums, Ahead& ahead, int64_t each) {
-  if (begins) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, LINE);
-    _tile_loadd(1, sums + 256, LINE);
-    _tile_loadd(2, sums + 512, LINE);
-    _tile_loadd(3, sums + 768, LINE);
-  }
-  const char *one = s.w[0], *two = one + SIDE * stride, *three = s.w[1], *four = three + SIDE * stride;
-  for (int64_t i = 0; i < steps; i++, x += TILE_BYTES, copy += 4 * TILE_BYTES) {
-    _tile_stream_loadd(6, x, LINE);
-    ahead.fetch(each);
-    if constexpr (COPIES) {
-      _tile_loadd(4, one + i * LINE, stride);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_stored(4, copy, LINE);
-      _tile_loadd(5, two + i * LINE, stride);
-      _tile_dpbf16ps(1, 5, 6);
-      _tile_stored(5, copy + TILE_BYTES, LINE);
-      _tile_loadd(4, three + i * LINE, stride);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_stored(4, copy + 2 * TILE_BYTES, LINE);
-      _tile_loadd(5, four + i * LINE, stride);
-      _tile_dpbf16ps(3, 5, 6);
-      _tile_stored(5, copy + 3 * TILE_BYTES, LINE);
-    } else {
+// Where the weights of some steps of K lie, and are copied to or from.
+struct Weights {
+  const Strip& strip;
+  int64_t stride;
+  char* copy;
+  int64_t steps;
+};
+
+// Sums of a strip's 32 rows and one or two blocks of tokens over some steps of K, from a copy of the weights, or from the
+// weights themselves, which are copied meanwhile.
+template <bool COPIES, bool TWO>
+inline void multiply_blocks(const Weights& w, const char* x, int64_t apart, bool begins, float* sums, Ahead& ahead,
+                            Finishing& finishing) {
+  constexpr int N = TWO ? 4 : 2;
+  const int64_t each = (w.steps + 2 * FINISHES - 1) / (2 * FINISHES), lines = N * TILE_BYTES / LINE / w.steps;
+  const char *one = w.strip.w[0], *other = w.strip.w[1], *then = reinterpret_cast<const char*>(sums) + N * TILE_BYTES;
+  char* copy = w.copy;
+  begin_sums<N>(sums, begins);
+  for (int64_t i = 0; i < w.steps; i++, x += TILE_BYTES, copy += 2 * TILE_BYTES) {
+    ahead.fetch();
+    for (int64_t n = 0; n < lines; n++, then += LINE) _mm_prefetch(then, _MM_HINT_T0);
+    if constexpr (COPIES)
+      _tile_loadd(4, one + i * LINE, w.stride);
+    else
       _tile_loadd(4, copy, LINE);
-      _tile_dpbf16ps(0, 4, 6);
+    _tile_stream_loadd(6, x, LINE);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (COPIES)
+      _tile_loadd(5, other + i * LINE, w.stride);
+    else
       _tile_loadd(5, copy + TILE_BYTES, LINE);
-      _tile_dpbf16ps(1, 5, 6);
-      _tile_loadd(4, copy + 2 * TILE_BYTES, LINE);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_loadd(5, copy + 3 * TILE_BYTES, LINE);
-      _tile_dpbf16ps(3, 5, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    if constexpr (TWO) {
+      _tile_stream_loadd(7, x + apart, LINE);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
     }
+    if constexpr (COPIES) {
+      _tile_stored(4, copy, LINE);
+      _tile_stored(5, copy + TILE_BYTES, LINE);
+    }
+    if ((i + 1) % each == 0) finishing.some();
   }
-  _tile_stored(0, sums, LINE);
-  _tile_stored(1, sums + 256, LINE);
-  _tile_stored(2, sums + 512, LINE);
-  _tile_stored(3, sums + 768, LINE);
+  finishing.rest();
+  store_sums<N>(sums);
+}
+
+// What is needed after a strip's block of K.
+Ahead after(const StripProduct& p, int64_t strip, int64_t k0) {
+  if (strip + 1 < p.n_strips) return {p.strips[strip + 1], p.K, k0};
+  if (k0 + STRIP_K < p.K) return {p.strips[0], p.K, k0 + STRIP_K};
+  return {p.next, p.next_K, 0};
 }
 
 void multiply(const StripProduct& p) {
   _tile_loadconfig(&shapes);
-  const int64_t block_bytes = (p.K + STEP - 1) / STEP * TILE_BYTES, stride = p.K * 2;
-  char* copy = reinterpret_cast<char*>(p.copy);
+  const int64_t apart = (p.K + STEP - 1) / STEP * TILE_BYTES, stride = p.K * 2, pairs = (p.n_blocks + 1) / 2;
+  Finishing finishing{p};
   for (int64_t k0 = 0; k0 < p.K; k0 += STRIP_K) {
     const bool last = k0 + STRIP_K >= p.K;
     const int64_t n = last ? p.K - k0 : STRIP_K, steps = (n + STEP - 1) / STEP;
-    const Strip now{{p.now.w[0] + k0 * 2, p.now.w[1] + k0 * 2}, {p.now.rows[0], p.now.rows[1]}};
-    Ahead ahead = last ? Ahead(p.next, p.next_K, 0) : Ahead(p.now, p.K, k0 + STRIP_K);
-    const int64_t each = (ahead.all() + p.n_blocks * steps - 1) / (p.n_blocks * steps);
-    const bool whole = now.rows[0] == HALF && now.rows[1] == HALF && n % STEP == 0;
-    if (!whole) copy_strip(now, stride, n, copy);
-    for (int64_t b = 0; b < p.n_blocks; b++) {
-      const char* x = p.x + b * block_bytes + k0 * SIDE * 2;
-      float* sums = p.sums + b * SIDE * STRIP_ROWS;
-      if (whole && b == 0)
-        multiply_block<true>(now, stride, copy, x, steps, k0 == 0, sums, ahead, each);
-      else
-        multiply_block<false>(now, stride, copy, x, steps, k0 == 0, sums, ahead, each);
-      if (last && b) p.finish(p.context, b - 1, sums - SIDE * STRIP_ROWS);  // beside tiles that are still multiplied
+    for (int64_t s = 0; s < p.n_strips; s++) {
+      const Strip &all = p.strips[s], now{{all.w[0] + k0 * 2, all.w[1] + k0 * 2}, {all.rows[0], all.rows[1]}};
+      Ahead ahead = after(p, s, k0);
+      ahead.over(pairs * steps);
+      const bool whole = now.rows[0] == HALF && now.rows[1] == HALF && n % STEP == 0;
+      const Weights w{now, stride, reinterpret_cast<char*>(p.copy), steps};
+      if (!whole) copy_strip(now, stride, n, w.copy);
+      for (int64_t b = 0; b < p.n_blocks; b += 2) {
+        const char* x = p.x + b * apart + k0 * SIDE * 2;
+        float* sums = p.sums + (s * p.n_blocks + b) * SIDE * STRIP_ROWS;
+        const bool two = b + 1 < p.n_blocks;
+        const auto blocks = whole && b == 0 ? (two ? multiply_blocks<true, true> : multiply_blocks<true, false>)
+                                            : (two ? multiply_blocks<false, true> : multiply_blocks<false, false>);
+        blocks(w, x, apart, k0 == 0, sums, ahead, finishing);
+        if (last) finishing.begin(s, b, two ? 2 : 1, sums);
+      }
     }
   }
-  p.finish(p.context, p.n_blocks - 1, p.sums + (p.n_blocks - 1) * SIDE * STRIP_ROWS);
+  finishing.rest();
   _tile_release();
 }
 
@@ -142,44 +172,46 @@ inline __m512 act_of(__m512 v) {
 }
 
 template <int ACT>
-void activate_as(const float* sums, int64_t n, char* pairs) {
+void activate_as(const float* sums, int part, int64_t n, char* pairs) {
+  constexpr int64_t EACH = HALF / FINISHES;
   const float* up = sums + HALF * SIDE;
   const auto column = [=](int64_t c) {
     if (c >= n) return _mm512_setzero_ps();
     return _mm512_mul_ps(act_of<ACT>(_mm512_load_ps(sums + c * SIDE)), _mm512_load_ps(up + c * SIDE));
   };
-  for (int64_t c = 0; c < HALF; c += 2) _mm512_store_si512(pairs + c / 2 * LINE, pairs_of(column(c), column(c + 1)));
+  for (int64_t c = part * EACH; c < (part + 1) * EACH; c += 2)
+    _mm512_store_si512(pairs + c / 2 * LINE, pairs_of(column(c), column(c + 1)));
 }
 
-void activate(const float* sums, int64_t n, int act, void* pairs) {
+void activate(const float* sums, int part, int64_t n, int act, void* pairs) {
   char* to = static_cast<char*>(pairs);
-  if (act == SILU) return activate_as<SILU>(sums, n, to);
-  if (act == GELU_TANH) return activate_as<GELU_TANH>(sums, n, to);
-  activate_as<GELU_ERF>(sums, n, to);
+  if (act == SILU) return activate_as<SILU>(sums, part, n, to);
+  if (act == GELU_TANH) return activate_as<GELU_TANH>(sums, part, n, to);
+  activate_as<GELU_ERF>(sums, part, n, to);
 }
 
-void add(const float* sums, int64_t n_rows, int64_t n_tokens, const float* weights, float* const* rows) {
-  for (int64_t r = 0; r < n_rows; r += SIDE) {
-    alignas(64) __m512i v[SIDE];
-    by_token(sums, r, v);
-    const __mmask16 some = first16_of(n_rows - r);
-    for (int64_t t = 0; t < n_tokens; t++) {
-      const __m512 weight = _mm512_set1_ps(weights ? weights[t] : 1.0f), before = _mm512_maskz_loadu_ps(some, rows[t] + r);
-      _mm512_mask_storeu_ps(rows[t] + r, some, _mm512_fmadd_ps(weight, _mm512_castsi512_ps(v[t]), before));
-    }
+static_assert(FINISHES * SIDE == STRIP_ROWS, "a part of a strip's rows is a tile");
+
+void add(const float* sums, int part, int64_t n_rows, int64_t n_tokens, const float* weights, float* const* rows) {
+  const int64_t r = part * SIDE;
+  alignas(64) __m512i v[SIDE];
+  by_token(sums, r, v);
+  const __mmask16 some = first16_of(n_rows - r);
+  for (int64_t t = 0; t < n_tokens; t++) {
+    const __m512 weight = _mm512_set1_ps(weights ? weights[t] : 1.0f), before = _mm512_maskz_loadu_ps(some, rows[t] + r);
+    _mm512_mask_storeu_ps(rows[t] + r, some, _mm512_fmadd_ps(weight, _mm512_castsi512_ps(v[t]), before));
   }
 }
 
-// Row by row of y: rows are often a multiple of 4 KiB apart, and none would stay in the first cache.
-void store(const float* sums, int64_t n_rows, int64_t n_tokens, const float* bias, char* y, int64_t stride) {
-  alignas(64) __m512i v[STRIP_ROWS / SIDE][SIDE];
-  for (int64_t r = 0; r < n_rows; r += SIDE) by_token(sums, r, v[r / SIDE]);
+void store(const float* sums, int part, int64_t n_rows, int64_t n_tokens, const float* bias, char* y, int64_t stride) {
+  const int64_t r = part * SIDE;
+  alignas(64) __m512i v[SIDE];
+  by_token(sums, r, v);
+  const __mmask16 some = first16_of(n_rows - r);
+  const __m512 more = _mm512_maskz_loadu_ps(some, bias + r);
   for (int64_t t = 0; t < n_tokens; t++)
-    for (int64_t r = 0; r < n_rows; r += SIDE) {
-      const __mmask16 some = first16_of(n_rows - r);
-      const __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(v[r / SIDE][t]), _mm512_maskz_loadu_ps(some, bias + r));
-      _mm256_mask_storeu_epi16(y + t * stride + r * 2, some, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
-    }
+    _mm256_mask_storeu_epi16(y + t * stride + r * 2, some, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(
+                                                               _mm512_add_ps(_mm512_castsi512_ps(v[t]), more))));
 }
 
 }  // namespace

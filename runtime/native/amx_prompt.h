@@ -51,17 +51,7 @@ struct Queries {
 // sums [64][16] = or += tiles [step][four] times columns, over some steps.
 template <class Tiles>
 inline void add_products(float* sums, bool begins, int64_t steps, const char* columns, const Tiles& tiles) {
-  if (begins) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, LINE);
-    _tile_loadd(1, sums + 256, LINE);
-    _tile_loadd(2, sums + 512, LINE);
-    _tile_loadd(3, sums + 768, LINE);
-  }
+  begin_sums<4>(sums, begins);
   for (int64_t i = 0; i < steps; i++) {
     const char* four = tiles(i);
     _tile_loadd(6, columns + i * TILE_BYTES, LINE);
@@ -74,10 +64,7 @@ inline void add_products(float* sums, bool begins, int64_t steps, const char* co
     _tile_loadd(5, four + 3 * TILE_BYTES, LINE);
     _tile_dpbf16ps(3, 5, 6);
   }
-  _tile_stored(0, sums, LINE);
-  _tile_stored(1, sums + 256, LINE);
-  _tile_stored(2, sums + 512, LINE);
-  _tile_stored(3, sums + 768, LINE);
+  store_sums<4>(sums);
 }
 
 // Scores of n keys, the first of which is before queries' own by `before`: their exponentials; how the sums before shrink.

@@ -36,23 +36,27 @@ struct Blocks {
 };
 
 constexpr int64_t SIDE = 16;                         // rows of W, or tokens, of a tile
-constexpr int64_t STRIP_ROWS = 64, STRIP_K = 256;    // of W, multiplied at once by tiles: 32 KiB
-constexpr int64_t MOST_BLOCKS = 32;                  // of SIDE tokens that a strip is multiplied by at once
+constexpr int64_t STRIP_ROWS = 32, STRIP_K = 512;    // of W, multiplied at once by tiles: 32 KiB
+constexpr int64_t MOST_STRIPS = 8, MOST_BLOCKS = 16; // of rows, and of SIDE tokens, whose sums stay in the second cache
+constexpr int FINISHES = 2;                          // parts in which a block's sums are finished
 
-// Up to 64 rows of W, in two halves of up to 32 neighbours.
+// Up to 32 rows of W, in two halves of up to 16 neighbours.
 struct Strip {
   const char* w[2];
   int64_t rows[2];
 };
 
-// Tokens in blocks of SIDE, packed as [block][pair of K][token] with zeros up to a multiple of PAD, times a strip.
+// Tokens in blocks of SIDE, packed as [block][pair of K][token] with zeros up to a multiple of PAD, times strips.
 struct StripProduct {
-  Strip now, next;  // next: what is needed then, to be fetched; no rows if that is not known
+  const Strip* strips;
+  int64_t n_strips;  // at most MOST_STRIPS
+  Strip next;        // what is needed then, to be fetched; no rows if that is not known
   int64_t K, next_K;
   const char* x;
-  int64_t n_blocks;                                                      // at most MOST_BLOCKS
-  float *sums, *copy;                                                    // room for n_blocks * 1024, for STRIP_ROWS * STRIP_K / 2
-  void (*finish)(const void* context, int64_t block, const float* sums);  // of a block, [row of the strip][token]
+  int64_t n_blocks;    // at most MOST_BLOCKS
+  float *sums, *copy;  // room for n_strips * n_blocks * SIDE * STRIP_ROWS, for STRIP_ROWS * STRIP_K / 2
+  // A part of what becomes of a block's sums, [row of the strip][token].
+  void (*finish)(const void* context, int64_t strip, int64_t block, int part, const float* sums);
   const void* context;
 };
 
@@ -61,12 +65,13 @@ struct TileKernels {
   // Up to SIDE tokens' rows as a block; zeros for what is missing.
   void (*pack)(const void* const* rows, int64_t n_rows, int64_t K, void* block);
   void (*multiply)(const StripProduct& product);
-  // A strip of gate and up rows: columns of h as 16 pairs of a block; zeros from n columns on.
-  void (*activate)(const float* sums, int64_t n, int act, void* pairs);
-  // Adds n_rows of a strip to rows of sums, times their weights (ones if null).
-  void (*add)(const float* sums, int64_t n_rows, int64_t n_tokens, const float* weights, float* const* rows);
-  // Sums plus bias, rounded.
-  void (*store)(const float* sums, int64_t n_rows, int64_t n_tokens, const float* bias, char* y, int64_t stride);
+  // A part of a strip of gate and up rows: columns of h as 16 pairs of a block; zeros from n columns on.
+  void (*activate)(const float* sums, int part, int64_t n, int act, void* pairs);
+  // Adds a part of n_rows of a strip to rows of sums, times their weights (ones if null).
+  void (*add)(const float* sums, int part, int64_t n_rows, int64_t n_tokens, const float* weights, float* const* rows);
+  // A part of sums plus bias, rounded.
+  void (*store)(const float* sums, int part, int64_t n_rows, int64_t n_tokens, const float* bias, char* y,
+                int64_t stride);
 };
 
 // Activations lie in rows of float, or of bfloat16 where the instruction set multiplies pairs of it.

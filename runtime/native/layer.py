@@ -50,3 +50,31 @@ class ForwardWords(ctypes.Structure):
         *((name, c_int64) for name in ("cosines", "sines", "first_position", "n_positions")),
         *((name, c_int64) for name in ("head", "head_bias", "n_logits", "logits", "times", "n_parts")),
     ]
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Tell the types of the library's functions."""
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.scheinfer_mlp.argtypes = [pointer, pointer, number, number, *[ctypes.c_int] * 4, number, pointer]
+    library.scheinfer_linear.argtypes = [pointer, *[number] * 3, pointer, *[ctypes.c_int] * 3]
+    library.scheinfer_norm.argtypes = [*[pointer] * 3, number, number, ctypes.c_double, *[ctypes.c_int] * 3]
+    library.scheinfer_add.argtypes = [*[pointer] * 3, number, number, *[ctypes.c_int] * 3]
+    library.scheinfer_turn.argtypes = [*[pointer] * 3, *[number] * 4, *[ctypes.c_int] * 3]
+    library.scheinfer_attend.argtypes = [*[pointer] * 5, ctypes.c_double, *[ctypes.c_int] * 3]
+    library.scheinfer_layer.argtypes = [ctypes.POINTER(LayerWords), ctypes.c_int]
+    library.scheinfer_layers.argtypes = [ctypes.POINTER(LayersWords), ctypes.c_int]
+    library.scheinfer_forward.argtypes = [ctypes.POINTER(ForwardWords), ctypes.c_int]
+    library.scheinfer_attend_prompt.argtypes = [*[pointer] * 5, ctypes.c_double, *[ctypes.c_int] * 3]
+    library.scheinfer_read.argtypes = [pointer, number, ctypes.c_int]
+    library.scheinfer_copy.argtypes = [pointer, number, ctypes.c_double, number]
+    library.scheinfer_copy.restype = None
+    library.scheinfer_stay_awake.argtypes = [ctypes.c_int]
+    library.scheinfer_stay_awake.restype = None
+    library.scheinfer_read.restype = ctypes.c_uint64
+    library.scheinfer_perform.argtypes = [pointer]
+    library.scheinfer_queues_open.argtypes = [pointer, number, number]
+    library.scheinfer_queues_open.restype = pointer
+    library.scheinfer_queues_run.argtypes = [pointer, pointer, number, ctypes.c_int]
+    library.scheinfer_queues_rest.argtypes = [pointer, ctypes.c_int]
+    library.scheinfer_queues_close.argtypes = [pointer]
+    library.scheinfer_queues_rest.restype = library.scheinfer_queues_close.restype = None

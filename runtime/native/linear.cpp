@@ -16,6 +16,7 @@ struct Projection {
 struct Item {
   const Projection* of;
   int64_t first, last;
+  int64_t block;  // of tokens, the first, if by tiles
 };
 
 struct Call {
@@ -37,12 +38,14 @@ void pack_block(void* context, int64_t index) {
   call.k->tiles->pack(rows, n, call.K, call.x + index * call.x_stride);
 }
 
-Strip strip_of(const Call& call, int64_t index) {
+// A strip of an item's rows; none if there is no such item.
+Strip strip_of(const Call& call, int64_t index, int64_t strip) {
   if (index >= int64_t(call.items.size())) return {};
   const Item& item = call.items[size_t(index)];
-  const int64_t n = item.last - item.first, half = n < STRIP_ROWS / 2 ? n : STRIP_ROWS / 2;
-  const char* w = item.of->w + item.first * call.K * call.weight_bytes;
-  return {{w, w + half * call.K * call.weight_bytes}, {half, n - half}};
+  const int64_t first = item.first + strip * STRIP_ROWS, half = STRIP_ROWS / 2;
+  const int64_t n = item.last - first < STRIP_ROWS ? item.last - first : STRIP_ROWS, some = n < half ? n : half;
+  const char* w = item.of->w + first * call.K * call.weight_bytes;
+  return {{w, w + some * call.K * call.weight_bytes}, {some, n - some}};
 }
 
 void project_by_tiles(void* context, int64_t index) {
@@ -50,28 +53,27 @@ void project_by_tiles(void* context, int64_t index) {
   struct Rows {
     const Call& call;
     const Item& item;
-    float bias[MOST_ROWS + PAD];
-    int64_t block;
-  } rows{call, call.items[size_t(index)], {}, 0};
-  const Projection& p = *rows.item.of;
-  const int64_t n = rows.item.last - rows.item.first, n_blocks = blocks_of(call.S);
-  if (p.bias) call.k->widen_row(p.bias + rows.item.first * call.weight_bytes, n, rows.bias);
+    float bias[MOST_STRIPS * STRIP_ROWS];
+  } rows{call, call.items[size_t(index)], {}};
+  const Item& item = rows.item;
+  if (item.of->bias) call.k->widen_row(item.of->bias + item.first * call.weight_bytes, item.last - item.first, rows.bias);
   Scratch& s = scratch();
-  for (; rows.block < n_blocks; rows.block += MOST_BLOCKS) {
-    const int64_t left = n_blocks - rows.block, some = left < MOST_BLOCKS ? left : MOST_BLOCKS;
-    const Strip now = strip_of(call, index), next = left > some ? now : strip_of(call, index + call.n_threads);
-    call.k->tiles->multiply({now, next, call.K, call.K, call.x + rows.block * call.x_stride, some, s.one, s.wide,
-                             [](const void* context, int64_t block, const float* sums) {
-                               const Rows& rows = *static_cast<const Rows*>(context);
-                               const Call& call = rows.call;
-                               const Projection& p = *rows.item.of;
-                               const int64_t t = (rows.block + block) * SIDE, n = rows.item.last - rows.item.first;
-                               char* y = p.y + (t * p.N + rows.item.first) * call.weight_bytes;
-                               call.k->tiles->store(sums, n, call.S - t < SIDE ? call.S - t : SIDE, rows.bias, y,
-                                                    p.N * call.weight_bytes);
-                             },
-                             &rows});
-  }
+  const int64_t left = blocks_of(call.S) - item.block;
+  Strip strips[MOST_STRIPS];
+  int64_t n = 0;
+  for (; item.first + n * STRIP_ROWS < item.last; n++) strips[n] = strip_of(call, index, n);
+  call.k->tiles->multiply({strips, n, strip_of(call, index + call.n_threads, 0), call.K, call.K,
+                           call.x + item.block * call.x_stride, left < MOST_BLOCKS ? left : MOST_BLOCKS, s.sums, s.wide,
+                           [](const void* context, int64_t strip, int64_t block, int part, const float* sums) {
+                             const auto& [call, item, bias] = *static_cast<const Rows*>(context);
+                             const Projection& p = *item.of;
+                             const int64_t t = (item.block + block) * SIDE, r = strip * STRIP_ROWS;
+                             char* y = p.y + (t * p.N + item.first + r) * call.weight_bytes;
+                             call.k->tiles->store(sums, part, item.last - item.first - r,
+                                                  call.S - t < SIDE ? call.S - t : SIDE, bias + r, y,
+                                                  p.N * call.weight_bytes);
+                           },
+                           &rows});
 }
 
 const char* weights_of(const Call& call, const Item& item) {
@@ -130,10 +132,11 @@ extern "C" int scheinfer_linear(const void* x, int64_t S, int64_t K, int64_t n_p
                                   reinterpret_cast<char*>(words[2]), words[3]});
       n_rows += words[3];
     }
-    const int64_t most = tiled ? STRIP_ROWS : rows_at_once(n_rows, n_threads, are_many(k, S));
+    const int64_t most = tiled ? tiled_rows_at_once(n_rows, n_threads) : rows_at_once(n_rows, n_threads, are_many(k, S));
     for (const Projection& p : call.projections)
       for (int64_t first = 0; first < p.N; first += most)
-        call.items.push_back({&p, first, first + most < p.N ? first + most : p.N});
+        for (int64_t block = 0; block == 0 || (tiled && block < blocks_of(S)); block += MOST_BLOCKS)
+          call.items.push_back({&p, first, first + most < p.N ? first + most : p.N, block});
     parallel(n_threads, int64_t(call.items.size()), tiled ? project_by_tiles : project, &call);
     return 0;
   } catch (const std::bad_alloc&) {

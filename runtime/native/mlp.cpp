@@ -7,149 +7,13 @@
 // multiplies bfloat16. Experts of enough rows are multiplied by tiles where the CPU has them: their rows of x and h lie in
 // packed blocks then.
 #include <algorithm>
-#include <vector>
 
-#include "rows.h"
+#include "mlp.h"
 
 extern "C" int scheinfer_has(int isa);
 
 namespace scheinfer {
 namespace {
-
-struct Piece {
-  const char *gate, *up, *down;
-  int64_t columns;
-  char* h;
-  int64_t stride;  // bytes between rows of h
-};
-
-struct Expert {
-  const int64_t* rows;   // null: all rows in order
-  const float* weights;  // null: ones
-  int64_t n_rows;
-  std::vector<Piece> pieces;
-  std::vector<const void*> x;
-  bool tiled;
-  char* blocks;  // of x, if tiled
-};
-
-struct Item {
-  const Expert* expert;
-  const Piece* piece;
-  int64_t first, last;
-};
-
-struct Part {
-  const Expert* expert;
-  const Piece* piece;
-};
-
-struct Block {  // of an expert's tokens
-  const Expert* expert;
-  int64_t index;
-};
-
-struct Call {
-  const Kernels* k;
-  int64_t D, S, weight_bytes, at_once;
-  int act, n_threads;
-  char* y;
-  float* sums;  // [D / at_once][S, at_once]
-  std::vector<Expert> experts;
-  std::vector<Item> items;
-  std::vector<Part> parts;
-  std::vector<Block> blocks;
-};
-
-struct Memory {  // of a calling thread, kept for its next call
-  Aligned x, blocks, h, sums;
-};
-
-// The gate of the item that this thread is likely to take next, if it has as many rows; null if not.
-const char* after(const Call& call, int64_t index) {
-  const int64_t next = index + call.n_threads;
-  if (next >= int64_t(call.items.size())) return nullptr;
-  const Item &now = call.items[size_t(index)], &then = call.items[size_t(next)];
-  return then.last - then.first < now.last - now.first ? nullptr : then.piece->gate + then.first * call.D * call.weight_bytes;
-}
-
-// -- by tiles --------------------------------------------------------------------------------------------------------
-
-void pack_block(void* context, int64_t index) {
-  const Call& call = *static_cast<const Call*>(context);
-  const Block& block = call.blocks[size_t(index)];
-  const int64_t first = block.index * SIDE, left = block.expert->n_rows - first;
-  call.k->tiles->pack(block.expert->x.data() + first, left < SIDE ? left : SIDE, call.D,
-                      block.expert->blocks + block.index * block_bytes(call.D));
-}
-
-// The gate and up rows of an item; none if there is no such item, or no tiles are for it.
-Strip strip_of(const Call& call, int64_t index) {
-  if (index >= int64_t(call.items.size()) || !call.items[size_t(index)].expert->tiled) return {};
-  const Item& item = call.items[size_t(index)];
-  const int64_t n = item.last - item.first, at = item.first * call.D * call.weight_bytes;
-  return {{item.piece->gate + at, item.piece->up + at}, {n, n}};
-}
-
-void gate_and_up_by_tiles(const Call& call, int64_t index) {
-  struct Columns {
-    const Call& call;
-    const Item& item;
-    int64_t block;
-  } columns{call, call.items[size_t(index)], 0};
-  const Expert& expert = *columns.item.expert;
-  Scratch& s = scratch();
-  for (const int64_t n = blocks_of(expert.n_rows); columns.block < n; columns.block += MOST_BLOCKS) {
-    const int64_t left = n - columns.block, some = left < MOST_BLOCKS ? left : MOST_BLOCKS;
-    const Strip now = strip_of(call, index), next = left > some ? now : strip_of(call, index + call.n_threads);
-    call.k->tiles->multiply({now, next, call.D, call.D, expert.blocks + columns.block * block_bytes(call.D), some, s.one,
-                             s.wide,
-                             [](const void* context, int64_t block, const float* sums) {
-                               const auto& [call, item, first] = *static_cast<const Columns*>(context);
-                               char* h = item.piece->h + (first + block) * item.piece->stride + item.first * SIDE * 2;
-                               call.k->tiles->activate(sums, item.last - item.first, call.act, h);
-                             },
-                             &columns});
-  }
-}
-
-Strip strip_of_down(const Call& call, const Part& part, int64_t first, int64_t n) {
-  const int64_t row_bytes = part.piece->columns * call.weight_bytes;
-  if (!part.expert->tiled || first + n > call.D) return {};
-  const char* w = part.piece->down + first * row_bytes;
-  const int64_t half = n < STRIP_ROWS / 2 ? n : STRIP_ROWS / 2;
-  return {{w, w + half * row_bytes}, {half, n - half}};
-}
-
-// Adds to sums [S, n].
-void add_down_by_tiles(const Call& call, const Part& part, const Part& then, int64_t first, int64_t row, int64_t n,
-                       float* sums) {
-  struct Rows {
-    const Call& call;
-    const Expert& expert;
-    float* sums;
-    int64_t n, block;
-  } rows{call, *part.expert, sums, n, 0};
-  Scratch& s = scratch();
-  const Piece& piece = *part.piece;
-  for (const int64_t n_blocks = blocks_of(part.expert->n_rows); rows.block < n_blocks; rows.block += MOST_BLOCKS) {
-    const int64_t left = n_blocks - rows.block, some = left < MOST_BLOCKS ? left : MOST_BLOCKS;
-    const Strip now = strip_of_down(call, part, first, n), next = left > some ? now : strip_of_down(call, then, row, n);
-    const int64_t next_K = left > some ? piece.columns : then.piece->columns;
-    call.k->tiles->multiply({now, next, piece.columns, next_K, piece.h + rows.block * piece.stride, some, s.one, s.wide,
-                             [](const void* context, int64_t block, const float* sums) {
-                               const Rows& rows = *static_cast<const Rows*>(context);
-                               const int64_t t0 = (rows.block + block) * SIDE, left = rows.expert.n_rows - t0;
-                               const int64_t n_tokens = left < SIDE ? left : SIDE;
-                               float* to[SIDE];
-                               for (int64_t t = 0; t < n_tokens; t++)
-                                 to[t] = rows.sums + (rows.expert.rows ? rows.expert.rows[t0 + t] : t0 + t) * rows.n;
-                               const float* weights = rows.expert.weights ? rows.expert.weights + t0 : nullptr;
-                               rows.call.k->tiles->add(sums, rows.n, n_tokens, weights, to);
-                             },
-                             &rows});
-  }
-}
 
 // -- by rows ---------------------------------------------------------------------------------------------------------
 
@@ -277,11 +141,12 @@ void share_out(Call& call, Memory& memory, int n_threads) {
       total += size_t(size_of_h(expert, piece));
       call.parts.push_back({&expert, &piece});
       const int64_t by_rows = rows_at_once(n_columns, n_threads, are_many(call.k, expert.n_rows));
-      const int64_t most = expert.tiled ? STRIP_ROWS / 2 : by_rows;
+      const int64_t most = expert.tiled ? MOST_STRIPS * STRIP_ROWS / 2 : by_rows;
       many |= are_many(call.k, expert.n_rows);
       for (int64_t first = 0; first < piece.columns; first += most) {
         const int64_t last = first + most < piece.columns ? first + most : piece.columns;
-        call.items.push_back({&expert, &piece, first, last});
+        for (int64_t block = 0; block == 0 || (expert.tiled && block < blocks_of(expert.n_rows)); block += MOST_BLOCKS)
+          call.items.push_back({&expert, &piece, first, last, block});
       }
     }
   char* h = memory.h.at_least(total);
@@ -292,7 +157,7 @@ void share_out(Call& call, Memory& memory, int n_threads) {
     expert.blocks = blocks;
     if (expert.tiled) blocks += blocks_of(expert.n_rows) * block_bytes(call.D);
   }
-  call.at_once = call.blocks.empty() ? rows_at_once(call.D, n_threads, many, most_of_down(call)) : STRIP_ROWS;
+  call.at_once = call.blocks.empty() ? rows_at_once(call.D, n_threads, many, most_of_down(call)) : tiled_rows_at_once(call.D, n_threads);
 }
 
 }  // namespace
@@ -315,7 +180,7 @@ using namespace scheinfer;
 extern "C" {
 
 // Counts changes of this interface: a library of other sources is not used.
-int scheinfer_interface() { return 12; }
+int scheinfer_interface() { return 13; }
 
 // Whether this CPU has an instruction set.
 int scheinfer_has(int isa) {
@@ -350,7 +215,10 @@ int scheinfer_mlp(const void* x, void* y, int64_t S, int64_t D, int dtype, int a
       });
     parallel(n_threads, int64_t(call.blocks.size()), pack_block, &call);
     parallel(n_threads, int64_t(call.items.size()), gate_and_up, &call);
-    parallel(n_threads, (D + call.at_once - 1) / call.at_once, down, &call);
+    const Expert* only = call.parts.size() == 1 ? call.parts.front().expert : nullptr;
+    const bool whole = only && only->tiled && !only->rows && !only->weights && only->n_rows == S;
+    const int64_t groups = whole ? (blocks_of(S) + MOST_BLOCKS - 1) / MOST_BLOCKS : 1;
+    parallel(n_threads, (D + call.at_once - 1) / call.at_once * groups, whole ? down_of_all : down, &call);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

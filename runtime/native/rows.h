@@ -35,6 +35,7 @@ struct Aligned {
 };
 
 struct Scratch {
+  alignas(64) float sums[MOST_STRIPS * STRIP_ROWS * MOST_BLOCKS * SIDE];
   float one[MOST_ROWS * MANY_AT_ONCE], other[MOST_ROWS * MANY_AT_ONCE];
   alignas(64) float wide[SCRATCH];
 };
@@ -53,6 +54,10 @@ inline auto dots_of(const Kernels* k, int64_t tokens) { return are_many(k, token
 
 inline bool by_tiles(const Kernels* k, int64_t tokens) { return k->tiles && tokens >= ENOUGH; }
 inline int64_t blocks_of(int64_t tokens) { return (tokens + SIDE - 1) / SIDE; }
+inline int64_t tiled_rows_at_once(int64_t n, int n_threads) {  // of W, so that each thread gets several items
+  const int64_t share = up_to(n / (4 * n_threads) + 1, STRIP_ROWS), most = MOST_STRIPS * STRIP_ROWS;
+  return share < most ? share : most;
+}
 inline int64_t block_bytes(int64_t n) { return up_to(n, PAD) * SIDE * 2; }
 
 // Tokens in as few chunks as possible, of sizes as equal as possible; all of them many or none.
