@@ -39,7 +39,7 @@ from runtime.byturns import moves
 from runtime.calibrate import FULL, SMOKE, calibrate
 from runtime.changes import beside_changes
 from runtime.coldstart import attention
-from runtime.resume import KeptParts, Timed
+from runtime.resume import KeptParts, KeptRounds, Timed
 from runtime.rounds import Effort, Measuring, finish, flat, in_rounds
 from runtime.turns import Turn, progress_bar, take_turns
 from sim.timeline import Span, Timeline
@@ -321,6 +321,18 @@ def test_beside_runs_nothing_ends_before_they_do(clock):
     # steady from the start, so that all is known after five rounds
     (times,) = finish(in_rounds([Runs(clock, 1.0)], Effort(2, 100, 41.0, counts_rounds=True))).values()
     assert len(times) == 40
+
+
+def test_beside_runs_an_interrupted_measurement_goes_on_at_the_pace_it_finds(clock, tmp_path):
+    # 21 s hold 1 to warm up, 5 rounds, 1 to warm up again and 14 rounds
+    case = Runs(clock, 1.0)
+    effort = partial(Effort, 1, 100, 21.0, counts_rounds=True)
+    first = in_rounds([case], effort(kept=KeptRounds(tmp_path / "part.json")))
+    for _ in range(6):
+        next(first)
+    first.close()
+    (times,) = finish(in_rounds([case], effort(kept=KeptRounds(tmp_path / "part.json")))).values()
+    assert len(times) == 19
 
 
 def test_beside_runs_progress_only_grows_and_ends_at_one(clock):
