@@ -226,6 +226,13 @@ def test_curves_of_one_thing_become_one_and_the_faster_of_two_measurements_count
     assert len(merged([first, replace(second, threads=2)])) == 2
 
 
+def test_slices_without_any_of_a_curves_points_tell_nothing_of_its_speed() -> None:
+    whole = {Work("ffn", "float32", n, 1.0, 1.0): [[1.0 * n], [1.0 * n], [1.0 * n], [2.0 * n]] for n in (1, 2)}
+    sparse = {demand: [*slices, [], [], [], []] for demand, slices in whole.items()}
+    assert [s.median_s for s in samples(whole)] == [1.25, 2.5]
+    assert samples(sparse) == samples(whole)
+
+
 # -- rounds -------------------------------------------------------------------------------------------
 
 
