@@ -67,16 +67,17 @@ def samples(
 
     A round is any stretch of time with some of the points in it, each time others. Its slowness, given where it is
     known of more than this curve, is the middle over points of its times relative to the point's own; times are divided
-    by it, and
-    the middles of what is left (as a median polish, Tukey 1977) come times the mean over rounds. So points of a curve
-    stand to each other as within a round, whatever the machine's speed was meanwhile; spreads are of the times as
-    measured. All rounds count: a stall is gone with a round's middle, and of a machine with two speeds the few rounds
-    of a part tell the share of each; without the outermost they would tell the more frequent one.
+    by it, and the middles of what is left (as a median polish, Tukey 1977) come times the mean over rounds. So points
+    of a curve stand to each other as within a round, whatever the machine's speed was meanwhile; spreads are of the
+    times as measured. All rounds count: a stall is gone with a round's middle, and of a machine with two speeds the
+    few rounds of a part tell the share of each; without the outermost they would tell the more frequent one.
     """
-    slowness = slowness_of(times_s) if slowness is None else slowness
-    level = statistics.fmean(slowness)
+    by_round = slowness_of(times_s) if slowness is None else slowness
+    # Where a stretch has none of the points, only what is known of others says how slow it was.
+    seen = [any(rounds[number] for rounds in times_s.values()) for number in range(len(by_round))]
+    level = statistics.fmean(s for s, some in zip(by_round, seen, strict=True) if some or slowness is not None)
     return tuple(
-        replace(summarise(work, [t for own in rounds for t in own]), median_s=level * _evened(rounds, slowness))
+        replace(summarise(work, [t for own in rounds for t in own]), median_s=level * _evened(rounds, by_round))
         for work, rounds in times_s.items()
     )
 

@@ -22,7 +22,7 @@ from hwmodels.slowing import Move as Move
 from hwmodels.slowing import Repeats as Repeats
 from hwmodels.slowing import Resource as Resource
 from hwmodels.slowing import Source as Source
-from hwmodels.slowing import check_slowing
+from hwmodels.slowing import check_age, check_slowing
 from hwmodels.work import APART, DTYPE_BYTES, Op, Work
 from hwmodels.work import AXES as AXES
 
@@ -396,4 +396,5 @@ def load_profile(path: str | Path) -> HardwareProfile:
             raise FormatError(
                 f"{path}: field {name!r} is missing; write it, empty if nothing is known, or calibrate anew"
             )
+    check_age(fields.get("cold"), str(path))
     return from_json(HardwareProfile, fields, str(path))

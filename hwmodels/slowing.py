@@ -106,3 +106,12 @@ def check_slowing(cold: Sequence[Cold], moves: Sequence[Move]) -> None:
         raise FormatError(f"cold has waits of {waits} s; expected rising ones")
     if len(set(places)) < len(places):
         raise FormatError(f"moves has entries to {', '.join(places)}; expected one for each place")
+
+
+def check_age(cold: object, where: str) -> None:
+    """FormatError if waits are as earlier versions wrote them: a share of the task that nothing turns into seconds."""
+    if any(isinstance(entry, dict) and "factor" in entry for entry in (cold if isinstance(cold, list) else ())):
+        raise FormatError(
+            f"{where}: an earlier version of this program measured this profile, cold starts as a factor, "
+            "not in seconds; run `scheinfer calibrate` anew"
+        )

@@ -12,7 +12,7 @@ from hwmodels.profile import HardwareProfile
 from hwmodels.units import format_bytes
 from runtime import native
 from runtime.budget import default_vram_budget
-from runtime.cache import cached_profile, profile_path
+from runtime.cache import cached_profile, kept_profile, profile_path
 from runtime.devices import device_name
 from sim import planner
 from sim.model import ModelSpec
@@ -86,10 +86,10 @@ def choose_profile(request: Request, progress: bool, tell: Tell) -> HardwareProf
 
 
 def _own_profile(request: Request, progress: bool) -> HardwareProfile:
-    """The thorough calibration if it is cached, else the quick one, measured now if need be."""
+    """The thorough calibration if a usable one is cached, else the quick one, measured now if need be."""
     folder, device, threads, dtype = request.folder, request.device, request.cpu_threads, request.spec.dtype
-    quick = not profile_path(folder, device, False, threads, dtype).is_file()
-    return cached_profile(folder, device, quick, threads, progress, dtype=dtype)
+    thorough = kept_profile(profile_path(folder, device, False, threads, dtype))
+    return thorough or cached_profile(folder, device, True, threads, progress, dtype=dtype)
 
 
 def mismatches(profile: HardwareProfile, device: str) -> list[str]:

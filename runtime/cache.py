@@ -24,6 +24,14 @@ def profile_path(folder: Path, device: str, quick: bool, cpu_threads: int | None
     return cache_folder() / "profiles" / f"{name.partition(':')[0]}-{spec.name}-{key}.json"
 
 
+def kept_profile(path: Path) -> HardwareProfile | None:
+    """The profile that is kept there; None if there is none, or the file is damaged or of an earlier version."""
+    try:
+        return load_profile(path)
+    except FormatError:
+        return None
+
+
 def cached_profile(
     folder: Path,
     device: str = "auto",
@@ -34,13 +42,10 @@ def cached_profile(
     dtype: str = "auto",
     repeats: int = 1,
 ) -> HardwareProfile:
-    """The cached profile, or the mean of new calibrations that is then kept; a damaged file is measured anew."""
+    """The cached profile if it is usable, or the mean of new calibrations that is then kept."""
     path = profile_path(folder, device, quick, cpu_threads, dtype)
-    if path.is_file() and not fresh:
-        try:
-            return load_profile(path)
-        except FormatError:
-            path.unlink()
+    if not fresh and (kept := kept_profile(path)) is not None:
+        return kept
     profile = pooled([calibrate(folder, device, quick, cpu_threads, progress, dtype) for _ in range(repeats)])
     profile.save(path)
     return profile

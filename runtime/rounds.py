@@ -52,6 +52,7 @@ class Progress:
     def __init__(self, effort: Effort, rounds: int = 0, spent_s: float = 0.0) -> None:
         self.effort, self.spent_s = effort, spent_s
         self.rounds: float = rounds
+        self._kept = rounds
         self._began_s = self._counted_s = 0.0
         self._fixed: int | None = None  # rounds in all, once that is known
 
@@ -66,9 +67,10 @@ class Progress:
         if counts:
             self.rounds = self.rounds + 1 if rounds is None else rounds
             self._counted_s += took_s
-        if self.effort.counts_rounds and self._fixed is None and self.rounds >= _SIZING:
+        n_timed = self.rounds - self._kept  # of rounds that were kept the time is not known without warming up
+        if self.effort.counts_rounds and self._fixed is None and n_timed >= _SIZING:
             left_s = max(0.0, self.effort.seconds - self.spent_s)
-            self._fixed = max(self.effort.least, int(self.rounds) + round(left_s * self.rounds / self._counted_s))
+            self._fixed = max(self.effort.least, int(self.rounds) + round(left_s * n_timed / self._counted_s))
         return self.share
 
     @property

@@ -12,10 +12,12 @@ import pytest
 from hwmodels.calibrate import Part, handoffs
 from hwmodels.profile import HardwareProfile, Peak
 from runtime import cache, resume
+from runtime.autoplan import Request, choose_profile
 from runtime.cache import cached_profile, profile_path
 from runtime.cli import main
 from runtime.resume import KeptParts, measurement_key
 from sim.model import load_model
+from sim.workload import Workload
 from tests.conftest import TinyCheckpoint
 
 PEAK = Peak({"float32": 1e9}, 1e9, 1.0, 0.0, "measured")
@@ -83,6 +85,16 @@ def test_an_older_schema_in_the_cache_is_measured_anew(llama, measured):
     path = profile_path(llama, "emulated", False, None)
     path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
     assert cached_profile(llama, "emulated", progress=False).host_bytes == 2
+
+
+def test_a_thorough_profile_of_an_older_schema_is_not_measured_anew_unasked(llama, measured):
+    request = Request(llama, load_model(llama), Workload(4, 2), device="emulated")
+    cached_profile(llama, "emulated", progress=False)
+    assert choose_profile(request, False, print).host_bytes == 1
+    path = profile_path(llama, "emulated", False, None)
+    path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
+    assert choose_profile(request, False, print).host_bytes == 2
+    assert profile_path(llama, "emulated", True, None).is_file(), "the quick one is measured"
 
 
 def test_what_the_numbers_depend_on_is_in_the_name(llama, tiny_checkpoint, monkeypatch):

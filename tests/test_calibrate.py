@@ -39,7 +39,7 @@ from runtime.byturns import moves
 from runtime.calibrate import FULL, SMOKE, calibrate
 from runtime.changes import beside_changes
 from runtime.coldstart import attention
-from runtime.resume import KeptParts, Timed
+from runtime.resume import KeptParts, KeptRounds, Timed
 from runtime.rounds import Effort, Measuring, finish, flat, in_rounds
 from runtime.turns import Turn, progress_bar, take_turns
 from sim.timeline import Span, Timeline
@@ -226,6 +226,13 @@ def test_curves_of_one_thing_become_one_and_the_faster_of_two_measurements_count
     assert len(merged([first, replace(second, threads=2)])) == 2
 
 
+def test_slices_without_any_of_a_curves_points_tell_nothing_of_its_speed() -> None:
+    whole = {Work("ffn", "float32", n, 1.0, 1.0): [[1.0 * n], [1.0 * n], [1.0 * n], [2.0 * n]] for n in (1, 2)}
+    sparse = {demand: [*slices, [], [], [], []] for demand, slices in whole.items()}
+    assert [s.median_s for s in samples(whole)] == [1.25, 2.5]
+    assert samples(sparse) == samples(whole)
+
+
 # -- rounds -------------------------------------------------------------------------------------------
 
 
@@ -321,6 +328,18 @@ def test_beside_runs_nothing_ends_before_they_do(clock):
     # steady from the start, so that all is known after five rounds
     (times,) = finish(in_rounds([Runs(clock, 1.0)], Effort(2, 100, 41.0, counts_rounds=True))).values()
     assert len(times) == 40
+
+
+def test_beside_runs_an_interrupted_measurement_goes_on_at_the_pace_it_finds(clock, tmp_path):
+    # 21 s hold 1 to warm up, 5 rounds, 1 to warm up again and 14 rounds
+    case = Runs(clock, 1.0)
+    effort = partial(Effort, 1, 100, 21.0, counts_rounds=True)
+    first = in_rounds([case], effort(kept=KeptRounds(tmp_path / "part.json")))
+    for _ in range(6):
+        next(first)
+    first.close()
+    (times,) = finish(in_rounds([case], effort(kept=KeptRounds(tmp_path / "part.json")))).values()
+    assert len(times) == 19
 
 
 def test_beside_runs_progress_only_grows_and_ends_at_one(clock):

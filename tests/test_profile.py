@@ -292,6 +292,7 @@ def put(value: Any, path: str, new: Any) -> None:
         ("curves.0.samples.1.weight_bytes", 10, r"curves\[0\]: curve GPU/ffn/float32: two samples at \(1, 10\)"),
         ("cold.0.cold_s", -1.0, r"hw.json.cold\[0\]: cold_s is -1.0, must not be negative"),
         ("cold.0.waited_s", 0, r"hw.json.cold\[0\]: waited_s is 0.*, must be above zero"),
+        ("cold.0.factor", 1.1, r"hw.json: an earlier version of this program measured .* `scheinfer calibrate` anew"),
         ("cold.0.waited_s", 0.5, r"hw.json: cold has waits of \[0.5, 0.25\] s; expected rising ones"),
         ("moves.0.to", "H2D", r"moves\[0\].to: found 'H2D', expected one of 'CPU', 'GPU'"),
         ("moves.0.to", "GPU", "hw.json: moves has entries to GPU, GPU; expected one for each place"),

@@ -58,7 +58,7 @@ def test_the_times_of_many_candidates_are_those_of_the_engine(data):
     places = draw(st.lists(st.sampled_from(("CPU", "GPU")), unique=True))
     profile = profile.with_(moves=tuple(Move(place, 3e-7, 2e-7, 0.0, "measured") for place in places))
     if draw(st.booleans()):
-        profile = profile.with_(curves=tuple(apart_curve(op, spec.dtype) for op in APART.values()))
+        profile = profile.with_(curves=tuple(apart_curve(op, spec.dtype) for op in (*APART.values(), "head_prompt")))
     workload = Workload(
         draw(st.integers(1, 9)), 2, batch=draw(st.integers(1, 2)), skew=draw(st.sampled_from((0.0, 1.0)))
     )
