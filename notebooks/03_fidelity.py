@@ -226,10 +226,10 @@ for label, prefix in (("with contention", "simulated_"), ("without", "isolated_"
 
 # %% [markdown]
 # **Takeaway.** Whoever runs the plan predicted best gives away nothing in any of six cells of workload and
-# memory, and all 635 pairs of plans that differ by more than the noise are in their order: that is what a
-# simulator is for. Steps miss by 2 % in the median and by 6 % for nine in ten, throughput by 2 and the first token
-# by 3, where the machine itself repeats them within 2, 12, 2 and 2. What a user is told by a calibration before is
-# right within 2.5 % of a generation's time in the median, 7 % for nine in ten. On the other machine a neighbour on the
-# same physical cores slowed two runs of three, and steps missed by 6 and 14 %. What is left: attention on the device
-# is 8 % too fast, most of it where columns are sent, since making a layer's tasks, which is Python's work and counts
-# as attention, is not in the model. `experiments/LOG.md` has the story.
+# memory. Of 682 pairs of plans that differ by more than the noise all are in their order in simulation, and all but
+# one as they were predicted before anything ran: that is what a simulator is for. Steps miss by 2 % in the median
+# and by 6 % for nine in ten, throughput and the first token by 2, where the machine itself repeats them within 2, 5,
+# 1 and 1. What a user is told by a calibration before is right within 2.5 % of a generation's time in the median, 5 %
+# for nine in ten. On the other machine a neighbour on the same physical cores slowed two runs of three, and steps
+# missed by 5 and 13 %. What is left is above all one token's attention: 6 % too fast on the device, 17 % in plans
+# that send weights, where it mostly hides behind the link. `experiments/LOG.md` has the story.
