@@ -82,7 +82,7 @@ display(table.round(2))
 #
 # The simulator replays the plan and the routing that ran, with times calibrated beforehand on other shapes of
 # steps. It knows nothing of these timelines. The calibration took 45 s and ended just before; the cores are
-# shared, and in these minutes decode ran 12 to 22 % slower than it says. How far predictions are right when the
+# shared, and in louder minutes decode ran 12 to 22 % slower than it says. How far predictions are right when the
 # calibration sees the minutes of the runs is the third notebook's question.
 
 # %%
