@@ -231,5 +231,5 @@ for label, prefix in (("with contention", "simulated_"), ("without", "isolated_"
 # and by 6 % for nine in ten, throughput and the first token by 2, where the machine itself repeats them within 2, 5,
 # 1 and 1. What a user is told by a calibration before is right within 2.5 % of a generation's time in the median, 5 %
 # for nine in ten. On the other machine a neighbour on the same physical cores slowed two runs of three, and steps
-# missed by 5 and 13 %. What is left is above all one token's attention: 6 % too fast on the device, 17 % in plans
+# missed by 6 and 14 %. What is left is above all one token's attention: 6 % too fast on the device, 17 % in plans
 # that send weights, where it mostly hides behind the link. `experiments/LOG.md` has the story.
