@@ -1,11 +1,13 @@
 """Do two calibrations of one machine predict the same speeds, and if not: is it the calibration or the machine?
 
     python -m experiments.calibration_repeats            8 minutes on 2 cores; writes results/calibration_repeats-MODEL/
+    python -m experiments.calibration_repeats --full     30 minutes; writes results/calibration_repeats-full-MODEL/
     python -m experiments.calibration_repeats --smoke    20 s on a tiny shape; writes nowhere unless --out is given
 
 Each shape is calibrated as --quick does, two calibrations at a time whose rounds take turns of a second: they see the
 same minutes of the machine, and what they differ by is the calibration's own. Then two more, later: what those differ
-by from the first is that and the machine's drift. Every policy's plan for half of the MLP weights on the device is
+by from the first is that and the machine's drift. With --full there are two in all, one after the other, each as
+`scheinfer calibrate` makes it. Every policy's plan for half of the MLP weights on the device is
 predicted by each of them.
 
 One should see speeds that differ by less than 5 % between calibrations in turns. Those apart differ by more where
@@ -18,7 +20,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -34,7 +36,7 @@ from hwmodels.calibrate import residuals
 from hwmodels.pace import SLOW, probe_s
 from hwmodels.profile import AXES, Curve, HardwareProfile
 from runtime.budget import half_budget
-from runtime.calibrate import QUICK, SMOKE, Extent, calibrating
+from runtime.calibrate import QUICK, SMOKE, Extent, calibrate, calibrating
 from sim.chart import GREY, MARKERS, SERIES, Chart, chart, styled
 from sim.model import from_config
 from sim.planner import rank
@@ -61,9 +63,7 @@ class Calibration:
 def in_turns(name: str, config: Config, device: str, extent: Extent, n_turns: int, group: int) -> list[Calibration]:
     """Calibrations of a shape that take turns."""
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / name
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(dict(config)))
+        folder = stack.enter_context(_folder_of(name, config))
         own = [stack.enter_context(calibrating(folder, n_turns, device, extent=extent)) for _ in range(AT_ONCE)]
         probes_s: list[list[float]] = [[] for _ in own]
         for turn in tqdm(range(n_turns), desc=f"calibrate {name}", unit="turn", leave=False):
@@ -72,6 +72,23 @@ def in_turns(name: str, config: Config, device: str, extent: Extent, n_turns: in
                 own[i].turn()
         made = [calibration.profile() for calibration in own]
     return [Calibration(group, i, profile, tuple(probes_s[i])) for i, profile in enumerate(made)]
+
+
+def whole(name: str, config: Config, device: str, extent: Extent | None, group: int) -> Calibration:
+    """A calibration of a shape as the command makes it, full unless an extent is given."""
+    before = probe_s()
+    with _folder_of(name, config) as folder:
+        profile = calibrate(folder, device, extent=extent)
+    return Calibration(group, 0, profile, (*before, *probe_s()))
+
+
+@contextmanager
+def _folder_of(name: str, config: Config) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(dict(config)))
+        yield folder
 
 
 def rows_of(name: str, config: Config, found: Sequence[Calibration], workload: Workload) -> Iterator[dict[str, Any]]:
@@ -141,7 +158,7 @@ def summary_of(table: pd.DataFrame, found: Sequence[Calibration]) -> dict[str, A
     """Median and worst difference by step and kind of pair, and how well curves predict points left out of them."""
     apart = differences(table)
     summary: dict[str, Any] = {"device": found[0].profile.device}
-    for how in ("in turns", "apart"):
+    for how in dict.fromkeys(apart["calibrations"]):
         for step in STEPS:
             own = apart.loc[(apart["calibrations"] == how) & (apart["step"] == step), "difference"]
             key = f"{step}_{how.replace(' ', '_')}"
@@ -174,8 +191,11 @@ def figure(table: pd.DataFrame) -> Chart:
     return drawn
 
 
-def run(name: str, config: Config, device: str, extent: Extent, workload: Workload, n_turns: int) -> list[Calibration]:
+def run(name: str, config: Config, device: str, full: bool, smoke: bool) -> list[Calibration]:
     """All calibrations of a shape."""
+    if full:
+        return [whole(name, config, device, SMOKE if smoke else None, group) for group in range(GROUPS)]
+    extent, n_turns = (SMOKE, 2) if smoke else (QUICK, round(QUICK.seconds))
     return [one for group in range(GROUPS) for one in in_turns(name, config, device, extent, n_turns, group)]
 
 
@@ -183,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the experiment; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, in seconds")
+    parser.add_argument("--full", action="store_true", help="two full calibrations, not four quick ones")
     parser.add_argument("--device", default="auto", help="auto, cuda:0 or emulated (default auto)")
     parser.add_argument("--model", choices=SHAPES, action="append", help="which shapes (default all)")
     parser.add_argument(
@@ -191,10 +212,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     shapes: Mapping[str, Config] = {"tiny": TINY} if flags.smoke else {n: SHAPES[n] for n in flags.model or SHAPES}
     workload = Workload(16, 4) if flags.smoke else Workload(100, 24)
-    extent, n_turns = (SMOKE, 2) if flags.smoke else (QUICK, round(QUICK.seconds))
-    out = flags.out or (None if flags.smoke else RESULTS / "calibration_repeats")
+    usual = RESULTS / ("calibration_repeats-full" if flags.full else "calibration_repeats")
+    out = flags.out or (None if flags.smoke else usual)
     for name, config in shapes.items():
-        _report(name, config, run(name, config, flags.device, extent, workload, n_turns), workload, out)
+        _report(name, config, run(name, config, flags.device, flags.full, flags.smoke), workload, out)
 
 
 def _report(name: str, config: Config, found: Sequence[Calibration], workload: Workload, out: Path | None) -> None:
@@ -208,7 +229,8 @@ def _report(name: str, config: Config, found: Sequence[Calibration], workload: W
         figure(table).savefig(own / "figure.png")
         for one in found:
             one.profile.save(own / f"{one.group}.{one.number}.hardware.json")
-    settings = {"workload": [workload.n_prompt, workload.n_gen], "at_once": AT_ONCE, "groups": GROUPS}
+    at_once = len({one.number for one in found})
+    settings = {"workload": [workload.n_prompt, workload.n_gen], "at_once": at_once, "groups": GROUPS}
     record(own, settings, rows, summary_of(table, found))
 
 
