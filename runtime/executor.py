@@ -162,10 +162,9 @@ class Executor:
         return binding.output
 
     def computes_layer(self, layer: int) -> bool:
-        """Whether the kernel may compute a layer whole in the step in progress: all of it is the CPU's, few rows."""
+        """Whether the kernel may compute a layer whole in the step in progress: all of it is the CPU's."""
         step = self._current()
-        by_kernel = step.by_kernel and computes_step(step.compiler.step.n_tokens)
-        return by_kernel and self.plan.layers[layer].rest == "CPU" and not step.compiler.tier.offload
+        return step.by_kernel and self.plan.layers[layer].rest == "CPU" and not step.compiler.tier.offload
 
     def run_layer(self, layer: int, compute: Callable[[], LayerRun]) -> None:
         """A layer that one call computes whole, in place of its attention and run_mlp; same tasks."""

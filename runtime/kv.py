@@ -101,20 +101,33 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         assert values is not None, "written"
         return keys, values
 
-    def room(self, sizes: tuple[object, ...]) -> Room | None:
-        """Room for a token behind those held; None if none are, or not of sizes (see Room.holds)."""
+    def room(self, sizes: tuple[Any, ...], n_new: int = 1) -> Room | None:
+        """Room for tokens behind those held; None if those are not of sizes (see Room.holds), or for a first one."""
         room = self._room
         if (
             self._n_unseen == 0
             or room is None
             or room.n_written != self._n_unseen
-            or not room.takes(self._n_unseen + 1)
+            or not room.takes(self._n_unseen + n_new)
         ):
-            keys, values = (self.keys, self.values) if self.is_initialized else (None, None)
-            if keys is None or values is None or keys.shape != values.shape or keys.dim() != 4 or keys.shape[2] == 0:
+            held = self._held(sizes, n_new)
+            if held is None:
                 return None
-            room = self._room_for(keys, values, 1)
+            room = self._room_for(*held, n_new)
         return room if room.holds(sizes) else None
+
+    def _held(self, sizes: tuple[Any, ...], n_new: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of one shape [B, K, T, D], of no tokens where a prompt begins; None if there are none."""
+        if n_new > 1 and self.get_seq_length() == 0:
+            batch, n_heads, width, dtype = sizes
+            nothing = torch.empty((batch, n_heads, 0, width), dtype=dtype, device="cpu")
+            if not self.is_initialized:
+                self.lazy_initialization(nothing, nothing)
+            return nothing, nothing
+        keys, values = (self.keys, self.values) if self.is_initialized else (None, None)
+        if keys is None or values is None or keys.shape != values.shape or keys.dim() != 4 or keys.shape[2] == 0:
+            return None
+        return keys, values
 
     def written(self, n_new: int) -> None:
         """As many tokens have been written behind those held."""

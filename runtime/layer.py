@@ -1,6 +1,6 @@
-"""A decoder layer of a small step in one native call, where the CPU computes all of it.
+"""A decoder layer of a small step or a prompt in one native call, where the CPU computes all of it.
 
-Between calls of the kernel transformers and torch take a third of such a step: modules, norms, routers and sums of a
+Between calls of the kernel transformers and torch take a third of a small step: modules, norms, routers and sums of a
 few thousand numbers, 10 to 30 us each (experiments/LOG.md). Any condition that does not hold leaves the layer to the
 modules it is made of.
 """
@@ -23,6 +23,7 @@ from runtime.ffn import PartitionedExperts, PartitionedMlp
 from runtime.kv import GrowingLayer, Room
 from runtime.native.layer import LayerWords
 from runtime.projection import FEW_ROWS, Projection, is_kernels
+from runtime.prompt import may_attend
 from runtime.recording import LayerRun
 from runtime.skeleton import decoder_layers
 from runtime.watch import Fact, Link, Value, Watch
@@ -80,8 +81,8 @@ class StepLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states [B, S, D] -> [B, S, D]."""
         cache: Any = kwargs.get("past_key_values")
-        if not args and self._is_step(hidden_states, kwargs):
-            room = self._room(cache, hidden_states.shape[0])
+        if not args and self._is_kernels(hidden_states, kwargs):
+            room = self._room(cache, *hidden_states.shape[:2])
             if room is not None:
                 out = torch.empty_like(hidden_states)
                 tables, past = kwargs["position_embeddings"], cache.layers[self.index]
@@ -103,15 +104,17 @@ class StepLayer(nn.Module):
             return None
         return native.kernel() if self.prepared.watch.holds() else None
 
-    def _is_step(self, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether this is one new token for each of few sequences, and the kernel's to compute."""
+    def _is_kernels(self, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether new tokens see all of their past, and the layer is the kernel's to compute."""
         words, tables = self.prepared.words, kwargs.get("position_embeddings")
         if kwargs.get("attention_mask") is not None or not isinstance(tables, tuple):
             return False
-        if hidden.dim() != 3 or hidden.shape[1] != 1 or not hidden.is_contiguous() or torch.is_grad_enabled():
+        if hidden.dim() != 3 or not hidden.is_contiguous() or torch.is_grad_enabled():
             return False
         cos, sin = tables
-        size = (words.head_width, hidden.shape[0] * words.head_width)
+        if hidden.shape[1] > 1 and may_attend(words.head_width, hidden, cos, sin) is None:
+            return False
+        size = (hidden.shape[1] * words.head_width, hidden.shape[0] * hidden.shape[1] * words.head_width)
         if cos.shape[-1] != words.head_width or cos.numel() not in size or cos.shape != sin.shape:
             return False
         if not (cos.is_contiguous() and sin.is_contiguous() and hidden.dtype == self.prepared.dtype):
@@ -120,26 +123,28 @@ class StepLayer(nn.Module):
             native.holds(hidden, cos, sin) and self.executor.computes_layer(self.index) and self.prepared.watch.holds()
         )
 
-    def _room(self, cache: object, batch: int) -> Room | None:
-        """Room for a token behind those that a cache holds of these sequences; None if it does not grow in place."""
+    def _room(self, cache: object, batch: int, n_new: int) -> Room | None:
+        """Room for tokens behind those that a cache holds of these sequences; None if it does not grow in place."""
         if not grows(cache) or self.index >= len(cache.layers):
             return None
         past = cache.layers[self.index]
-        return past.room(self.prepared.past_sizes(batch)) if type(past) is GrowingLayer else None
+        return past.room(self.prepared.past_sizes(batch), n_new) if type(past) is GrowingLayer else None
 
     def _compute(
         self, hidden: Tensor, out: Tensor, tables: tuple[Tensor, Tensor], past: GrowingLayer, room: Room
     ) -> LayerRun:
         kernel = native.kernel()
         assert kernel is not None, "the step is the kernel's"
-        words, (cos, sin) = self.prepared.words, tables
-        words.rows, words.n_past = hidden.shape[0], past.get_seq_length()
+        words, batch, n_new = self.prepared.words, hidden.shape[0], hidden.shape[1]
+        alone = n_new == 1 and tables[0].numel() == words.head_width
+        cos, sin = tables if alone else (t.expand(batch, -1, -1).contiguous() for t in tables)
+        words.rows, words.n_new, words.n_past = batch * n_new, n_new, past.get_seq_length()
         words.x, words.y = hidden.data_ptr(), out.data_ptr()
         words.cosine, words.sine = cos.data_ptr(), sin.data_ptr()
-        words.table_stride = words.head_width if cos.numel() > words.head_width else 0
+        words.table_stride = 0 if alone else words.head_width
         self.prepared.write_past(room)
         kernel.layer(words)
-        past.written(1)
+        past.written(n_new)
         return self.prepared.run()
 
 

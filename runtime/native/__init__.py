@@ -30,7 +30,7 @@ LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16", "AMX_BF16")
 """Instruction sets that the kernel is compiled for, the best last."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE, _NOT_OURS = 13, 3
+_INTERFACE, _NOT_OURS = 14, 3
 MOST_WIDTH = 256
 """Of a head in attend_prompt."""
 _AMX_ROWS = 32  # as many as AMX computes in the time of one

@@ -52,9 +52,9 @@ inline void store_sums(float* sums) {
   }
 }
 
-void pack(const void* const* rows, int64_t n_rows, int64_t K, void* block) {
-  char* to = static_cast<char*>(block);
-  for (int64_t k = 0; k < K; k += STEP, to += TILE_BYTES) {
+void pack(const void* const* rows, int64_t n_rows, int64_t K, int64_t block, int64_t n_blocks, void* x) {
+  for (int64_t k = 0; k < K; k += STEP) {
+    char* to = static_cast<char*>(x) + packed_at(k, K, block, n_blocks);
     __m512i v[SIDE];
 #pragma GCC unroll 16
     for (int i = 0; i < SIDE; i++)

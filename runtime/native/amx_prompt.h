@@ -102,7 +102,7 @@ void attend_by_tiles(int n, const Blocks& blocks, const void* const* queries, in
                      void* const* out) {
   static thread_local Queries q;
   _tile_loadconfig(&shapes);
-  pack(queries, n, past.key_width, q.packed);
+  pack(queries, n, past.key_width, 0, 1, q.packed);
   q.top = _mm512_set1_ps(-INFINITY), q.sum = _mm512_setzero_ps();
   const int64_t n_all = position + n, key_steps = (past.key_width + STEP - 1) / STEP;
   for (int64_t first = 0; first < n_all; first += SPAN_KEYS) {

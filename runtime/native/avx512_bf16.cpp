@@ -1,5 +1,5 @@
 // AVX-512 with bfloat16: 32 products at once, so activations are bfloat16, too. Other dtypes are AVX-512's.
-#include "avx512.h"
+#include "bf16_rows.h"
 #include "panel.h"
 
 namespace scheinfer {
@@ -41,7 +41,12 @@ struct Pairs {
 }  // namespace
 
 const Kernels* avx512_bf16_kernels(int dtype) {
-  return dtype == BF16 ? panel_kernels_of<Pairs>() : avx512_kernels(dtype);
+  static const Kernels found = [] {
+    Kernels k = *panel_kernels_of<Pairs>();
+    k.norm_row = norm_bf16_row, k.add_row = add_bf16_row, k.turn_row = turn_bf16_row;
+    return k;
+  }();
+  return dtype == BF16 ? &found : avx512_kernels(dtype);
 }
 
 }  // namespace scheinfer

@@ -46,14 +46,22 @@ struct Strip {
   int64_t rows[2];
 };
 
-// Tokens in blocks of SIDE, packed as [block][pair of K][token] with zeros up to a multiple of PAD, times strips.
+// Tokens lie in blocks of SIDE, packed as [STRIP_K of K][block][pair of K][token] with zeros up to a multiple of PAD: what
+// is multiplied at once lies side by side, and so in different sets of the cache, whatever K is. Bytes before a block's
+// tokens from k on.
+inline int64_t packed_at(int64_t k, int64_t K, int64_t block, int64_t n_blocks) {
+  const int64_t k0 = k / STRIP_K * STRIP_K, left = (K + PAD - 1) / PAD * PAD - k0;
+  return (k0 * n_blocks + block * (left < STRIP_K ? left : STRIP_K) + k - k0) * SIDE * 2;
+}
+
+// Packed tokens times strips.
 struct StripProduct {
   const Strip* strips;
   int64_t n_strips;  // at most MOST_STRIPS
   Strip next;        // what is needed then, to be fetched; no rows if that is not known
   int64_t K, next_K;
-  const char* x;
-  int64_t n_blocks;    // at most MOST_BLOCKS
+  const char* x;                           // the first of all blocks
+  int64_t all_blocks, block, n_blocks;     // of x; the first and how many are multiplied, at most MOST_BLOCKS
   float *sums, *copy;  // room for n_strips * n_blocks * SIDE * STRIP_ROWS, for STRIP_ROWS * STRIP_K / 2
   // A part of what becomes of a block's sums, [row of the strip][token].
   void (*finish)(const void* context, int64_t strip, int64_t block, int part, const float* sums);
@@ -62,8 +70,8 @@ struct StripProduct {
 
 // Products of bfloat16 by tiles. Rows of a strip beyond those there are have sums of zero.
 struct TileKernels {
-  // Up to SIDE tokens' rows as a block; zeros for what is missing.
-  void (*pack)(const void* const* rows, int64_t n_rows, int64_t K, void* block);
+  // Up to SIDE tokens' rows as a block of those at x; zeros for what is missing.
+  void (*pack)(const void* const* rows, int64_t n_rows, int64_t K, int64_t block, int64_t n_blocks, void* x);
   void (*multiply)(const StripProduct& product);
   // A part of a strip of gate and up rows: columns of h as 16 pairs of a block; zeros from n columns on.
   void (*activate)(const float* sums, int part, int64_t n, int act, void* pairs);
@@ -87,6 +95,7 @@ struct Kernels {
   void (*store_row)(const float* from, int64_t n, void* to);
   void (*widen_row)(const void* from, int64_t n, float* to);
   void (*norm_row)(const void* from, const void* weight, int64_t n, float eps, void* to);
+  void (*add_row)(const void* one, const void* other, int64_t n, void* to);
   void (*turn_row)(void* values, const void* cosine, const void* sine, int64_t n);
   void (*attend_row)(const float* query, const void* keys, const void* values, int64_t n, const Past& past,
                      float* mixed, float* top_and_sum);

@@ -1,4 +1,4 @@
-// A decoder layer in one call, for one new token of each of few sequences:
+// A decoder layer in one call, for one new token of each of few sequences or for prompts:
 //
 //   h = x + output(attend(turned(query(norm(x))), past and turned(key(norm(x))), value(norm(x))))
 //   y = h + experts chosen by router(norm(h)) [+ sigmoid(weight . norm(h)) * shared expert]
@@ -21,10 +21,13 @@ int scheinfer_mlp(const void* x, void* y, int64_t S, int64_t D, int dtype, int a
                   int64_t n_experts, const int64_t* experts);
 int scheinfer_norm(const void* x, const void* weight, void* y, int64_t S, int64_t D, double eps, int dtype, int isa,
                    int n_threads);
+int scheinfer_add(const void* one, const void* other, void* y, int64_t S, int64_t D, int dtype, int isa, int n_threads);
 int scheinfer_turn(void* x, const void* cosine, const void* sine, int64_t S, int64_t heads, int64_t D,
                    int64_t table_stride, int dtype, int isa, int n_threads);
 int scheinfer_attend(const void* query, const void* key, const void* value, void* out, const int64_t* shape,
                      double scale, int dtype, int isa, int n_threads);
+int scheinfer_attend_prompt(const void* query, const void* key, const void* value, void* out, const int64_t* shape,
+                            double scale, int dtype, int isa, int n_threads);
 }
 
 namespace scheinfer {
@@ -58,7 +61,7 @@ struct Call {
   float *one = nullptr, *other = nullptr;  // a row each
 
   void norm(const void* x, const void* weight, double eps, void* to) const {
-    check(scheinfer_norm(x, weight, to, S, l.width, eps, dtype, isa, 1));
+    check(scheinfer_norm(x, weight, to, S, l.width, eps, dtype, isa, n_threads));
   }
   void project(const void* x, int64_t K, const std::vector<int64_t>& words) const {
     check(scheinfer_linear(x, S, K, int64_t(words.size() / 4), words.data(), dtype, isa, n_threads));
@@ -68,13 +71,15 @@ struct Call {
   }
   // to = a + b, rows of the model's width.
   void add(const void* a, const void* b, void* to) const {
-    for (int64_t s = 0; s < S; s++) {
+    check(scheinfer_add(a, b, to, S, l.width, dtype, isa, n_threads));
+  }
+  // hidden = x + part, normed = what the norm before the MLP makes of it, row by row.
+  void add_and_norm() const {
+    for_rows(n_threads, S, l.width, [this](int64_t s) {
       const int64_t at = s * l.width * bytes;
-      k->widen_row(static_cast<const char*>(a) + at, l.width, one);
-      k->widen_row(static_cast<const char*>(b) + at, l.width, other);
-      for (int64_t i = 0; i < l.width; i++) one[i] += other[i];
-      k->store_row(one, l.width, static_cast<char*>(to) + at);
-    }
+      k->add_row(static_cast<const char*>(l.x) + at, part + at, l.width, hidden + at);
+      k->norm_row(hidden + at, l.post_norm, l.width, float(l.post_eps), normed + at);
+    });
   }
 };
 
@@ -96,19 +101,39 @@ void place(const Call& call, char* x, const void* weight, int64_t heads) {
   const int64_t n = heads * l.head_width;
   if (weight) {
     const int64_t rows = l.norms_whole ? call.S : call.S * heads, width = l.norms_whole ? n : l.head_width;
-    check(scheinfer_norm(x, weight, x, rows, width, l.head_eps, call.dtype, call.isa, 1));
+    check(scheinfer_norm(x, weight, x, rows, width, l.head_eps, call.dtype, call.isa, call.n_threads));
   }
   clip(call, x, n);
-  check(scheinfer_turn(x, l.cosine, l.sine, call.S, heads, l.head_width, l.table_stride, call.dtype, call.isa, 1));
+  check(scheinfer_turn(x, l.cosine, l.sine, call.S, heads, l.head_width, l.table_stride, call.dtype, call.isa,
+                       call.n_threads));
 }
 
 void append(const Call& call, const char* from, void* buffer, const int64_t* strides) {
   const Layer& l = call.l;
-  const int64_t size = l.head_width * call.bytes;
-  for (int64_t i = 0; i < call.S * l.n_kv_heads; i++) {
-    const int64_t at = i / l.n_kv_heads * strides[0] + i % l.n_kv_heads * strides[1] + l.n_past * strides[2];
-    memcpy(static_cast<char*>(buffer) + at * call.bytes, from + i * size, size_t(size));
+  const int64_t bytes = call.bytes, size = l.head_width * bytes;
+  for_rows(call.n_threads, call.S * l.n_kv_heads, l.head_width, [=, &l](int64_t i) {
+    const int64_t row = i / l.n_kv_heads, token = l.n_past + row % l.n_new;
+    const int64_t at = row / l.n_new * strides[0] + i % l.n_kv_heads * strides[1] + token * strides[2];
+    memcpy(static_cast<char*>(buffer) + at * bytes, from + i * size, size_t(size));
+  });
+}
+
+// Queries over what the buffers hold of their sequences, each up to its own token.
+void mix(const Call& call) {
+  const Layer& l = call.l;
+  const int64_t n_sequences = call.S / l.n_new, n_keys = l.n_past + l.n_new, d = l.head_width;
+  const int64_t *key = l.key_strides, *value = l.value_strides;
+  if (l.n_new == 1) {
+    const int64_t shape[] = {n_sequences, l.n_kv_heads, l.n_heads / l.n_kv_heads, n_keys, d, d,
+                             key[0], key[1], key[2], value[0], value[1], value[2]};
+    check(scheinfer_attend(call.query, l.keys, l.values, call.mixed, shape, l.scale, call.dtype, call.isa,
+                           call.n_threads));
+    return;
   }
+  const int64_t shape[] = {n_sequences, l.n_new, l.n_heads, l.n_kv_heads, n_keys, d, d,
+                           key[0], key[1], key[2], value[0], value[1], value[2]};
+  check(scheinfer_attend_prompt(call.query, l.keys, l.values, call.mixed, shape, l.scale, call.dtype, call.isa,
+                                call.n_threads));
 }
 
 void attention(const Call& call) {
@@ -123,13 +148,9 @@ void attention(const Call& call) {
   clip(call, call.value, n_key);
   append(call, call.key, l.keys, l.key_strides);
   append(call, call.value, l.values, l.value_strides);
-  const int64_t *at = l.key_strides, *value_at = l.value_strides;
-  const int64_t shape[] = {call.S, l.n_kv_heads, l.n_heads / l.n_kv_heads, l.n_past + 1, l.head_width, l.head_width,
-                           at[0], at[1], at[2], value_at[0], value_at[1], value_at[2]};
-  check(scheinfer_attend(call.query, l.keys, l.values, call.mixed, shape, l.scale, call.dtype, call.isa,
-                         call.n_threads));
+  mix(call);
   call.project(call.mixed, n_query, {word(l.output), word(l.output_bias), word(call.part), l.width});
-  call.add(l.x, call.part, call.hidden);
+  call.add_and_norm();
 }
 
 // -- experts ---------------------------------------------------------------------------------------------------------
@@ -139,36 +160,28 @@ struct Choice {
   std::vector<std::vector<float>> weights;
 };
 
-// The top_k likeliest experts of a row; of equally likely ones those that come first.
-void choose(const Call& call, int64_t s, Choice& choice) {
+// The top_k likeliest experts of a row, and their weights; of equally likely ones those that come first. The row's logits
+// are gone then, as its chances are.
+void choose(const Call& call, int64_t s, float* chance, int64_t* chosen, float* weights) {
   const Layer& l = call.l;
-  std::vector<float> chance(size_t(l.n_experts)), weights;
-  call.k->widen_row(call.logits + s * l.n_experts * call.bytes, l.n_experts, chance.data());
+  char* const logits = call.logits + s * l.n_experts * call.bytes;
+  call.k->widen_row(logits, l.n_experts, chance);
   float top = -INFINITY, sum = 0.0f, kept = 0.0f;
-  for (float v : chance) top = v > top ? v : top;
-  for (float& v : chance) sum += v = expf(v - top);
-  for (float& v : chance) v /= sum;
-  std::vector<int64_t> chosen;
-  std::vector<bool> taken(size_t(l.n_experts), false);
+  for (int64_t e = 0; e < l.n_experts; e++) top = chance[e] > top ? chance[e] : top;
+  for (int64_t e = 0; e < l.n_experts; e++) sum += chance[e] = expf(chance[e] - top);
+  for (int64_t e = 0; e < l.n_experts; e++) chance[e] /= sum;
   for (int64_t i = 0; i < l.top_k; i++) {
     int64_t best = -1;
     for (int64_t e = 0; e < l.n_experts; e++)
-      if (!taken[size_t(e)] && (best < 0 || chance[size_t(e)] > chance[size_t(best)])) best = e;
-    taken[size_t(best)] = true;
-    chosen.push_back(best);
-    weights.push_back(chance[size_t(best)]);
-    kept += weights.back();
+      if (!(chance[e] < 0.0f) && (best < 0 || chance[e] > chance[best])) best = e;
+    chosen[i] = best;
+    kept += weights[i] = chance[best];
+    chance[best] = -1.0f;
   }
-  if (l.normalises)
-    for (float& v : weights) v /= kept;
-  if (l.rounds) {
-    call.k->store_row(weights.data(), l.top_k, call.gate);
-    call.k->widen_row(call.gate, l.top_k, weights.data());
-  }
-  for (size_t i = 0; i < chosen.size(); i++) {
-    choice.rows[size_t(chosen[i])].push_back(s);
-    choice.weights[size_t(chosen[i])].push_back(weights[i]);
-  }
+  for (int64_t i = 0; i < l.top_k && l.normalises; i++) weights[i] /= kept;
+  if (!l.rounds) return;
+  call.k->store_row(weights, l.top_k, logits);
+  call.k->widen_row(logits, l.top_k, weights);
 }
 
 Choice route(const Call& call) {
@@ -180,7 +193,16 @@ Choice route(const Call& call) {
   call.project(call.normed, l.width, words);
   for (int64_t s = 0; s < call.S && l.shared_weight; s++)
     call.k->widen_row(call.gate + s * call.bytes, 1, call.other + s);
-  for (int64_t s = 0; s < call.S; s++) choose(call, s, choice);
+  const size_t n = size_t(call.S * l.top_k);
+  std::vector<int64_t> chosen(n);
+  std::vector<float> weights(n), chances(size_t(call.S * l.n_experts));
+  for_rows(call.n_threads, call.S, l.n_experts * l.top_k, [&](int64_t s) {
+    choose(call, s, chances.data() + s * l.n_experts, chosen.data() + s * l.top_k, weights.data() + s * l.top_k);
+  });
+  for (size_t i = 0; i < n; i++) {
+    choice.rows[size_t(chosen[i])].push_back(int64_t(i) / l.top_k);
+    choice.weights[size_t(chosen[i])].push_back(weights[i]);
+  }
   return choice;
 }
 
@@ -193,12 +215,17 @@ void share(const Call& call) {
   for (float& v : gates) v = 1.0f / (1.0f + expf(-v));
   call.k->store_row(gates.data(), call.S, call.gate);
   call.k->widen_row(call.gate, call.S, gates.data());
-  for (int64_t s = 0; s < call.S; s++) {
-    char* row = call.shared + s * l.width * call.bytes;
-    call.k->widen_row(row, l.width, call.one);
-    for (int64_t i = 0; i < l.width; i++) call.one[i] *= gates[size_t(s)];
-    call.k->store_row(call.one, l.width, row);
-  }
+  for_rows(call.n_threads, call.S, l.width, [&](int64_t s) {
+    constexpr int64_t AT_ONCE = 512;
+    float some[AT_ONCE];
+    for (int64_t d = 0; d < l.width; d += AT_ONCE) {
+      char* const at = call.shared + (s * l.width + d) * call.bytes;
+      const int64_t n = l.width - d < AT_ONCE ? l.width - d : AT_ONCE;
+      call.k->widen_row(at, n, some);
+      for (int64_t i = 0; i < n; i++) some[i] *= gates[size_t(s)];
+      call.k->store_row(some, n, at);
+    }
+  });
 }
 
 void experts(const Call& call, const Choice& choice) {
@@ -245,7 +272,6 @@ size_t lay_out(Call& call, char* memory) {
 void compute(const Call& call, Layer& l) {
   l.times[0] = now_ns();
   attention(call);
-  call.norm(call.hidden, l.post_norm, l.post_eps, call.normed);
   const Choice choice = l.router ? route(call) : Choice{};
   if (l.shared_weight) share(call);
   l.times[1] = now_ns();
@@ -284,7 +310,7 @@ int scheinfer_layer(Layer* layer, int n_threads) {
 int scheinfer_layers(Layers* all, int n_threads) {
   for (all->n_done = 0; all->n_done < all->n_layers; all->n_done++) {
     Layer& l = *all->layers[all->n_done];
-    l.rows = all->rows, l.n_past = all->n_past, l.x = all->n_done ? all->y : all->x, l.y = all->y;
+    l.rows = all->rows, l.n_new = 1, l.n_past = all->n_past, l.x = all->n_done ? all->y : all->x, l.y = all->y;
     l.cosine = all->cosine, l.sine = all->sine, l.table_stride = all->table_stride;
     if (const int failed = scheinfer_layer(&l, n_threads)) return failed;
   }

@@ -18,12 +18,12 @@ struct Layer {
   const void *shared_gate, *shared_up, *shared_down, *shared_weight;  // null: no expert for all rows beside those chosen
   int64_t shared_columns;
   // What changes from call to call.
-  int64_t rows, n_past;
-  const void* x;  // [rows, width]
+  int64_t rows, n_new, n_past;  // rows: n_new tokens of each sequence, which it goes on with
+  const void* x;                // [rows, width]
   void* y;
   const void *cosine, *sine;  // [rows, head_width], or one row for all
   int64_t table_stride;
-  void *keys, *values;  // buffers with room for n_past + 1 tokens; strides in elements of sequence, head and token
+  void *keys, *values;  // buffers with room for n_past + n_new tokens; strides in elements of sequence, head and token
   int64_t key_strides[3], value_strides[3];
   int64_t* counts;    // found: rows of each expert
   int64_t times[3];  // found: when the call began, when the MLP did, when all was done; ns of the monotonic clock

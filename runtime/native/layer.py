@@ -12,7 +12,7 @@ _ATTENTION = ("input_norm", "post_norm", "query", "key", "value", "query_bias", 
 _HEADS = ("query_norm", "key_norm", "norms_whole", "output", "output_bias")
 _EXPERTS = ("router", "n_experts", "top_k", "normalises", "rounds", "n_pieces", "experts")
 _SHARED = ("shared_gate", "shared_up", "shared_down", "shared_weight", "shared_columns")
-_CALL = ("rows", "n_past", "x", "y", "cosine", "sine", "table_stride", "keys", "values")
+_CALL = ("rows", "n_new", "n_past", "x", "y", "cosine", "sine", "table_stride", "keys", "values")
 
 
 class LayerWords(ctypes.Structure):

@@ -35,7 +35,7 @@ void pack_block(void* context, int64_t index) {
   const void* rows[SIDE];
   int64_t n = 0;
   for (int64_t t = index * SIDE; t < call.S && n < SIDE; t++) rows[n++] = call.source + t * call.K * call.weight_bytes;
-  call.k->tiles->pack(rows, n, call.K, call.x + index * call.x_stride);
+  call.k->tiles->pack(rows, n, call.K, index, blocks_of(call.S), call.x);
 }
 
 // A strip of an item's rows; none if there is no such item.
@@ -63,7 +63,7 @@ void project_by_tiles(void* context, int64_t index) {
   int64_t n = 0;
   for (; item.first + n * STRIP_ROWS < item.last; n++) strips[n] = strip_of(call, index, n);
   call.k->tiles->multiply({strips, n, strip_of(call, index + call.n_threads, 0), call.K, call.K,
-                           call.x + item.block * call.x_stride, left < MOST_BLOCKS ? left : MOST_BLOCKS, s.sums, s.wide,
+                           call.x, blocks_of(call.S), item.block, left < MOST_BLOCKS ? left : MOST_BLOCKS, s.sums, s.wide,
                            [](const void* context, int64_t strip, int64_t block, int part, const float* sums) {
                              const auto& [call, item, bias] = *static_cast<const Rows*>(context);
                              const Projection& p = *item.of;

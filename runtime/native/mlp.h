@@ -72,8 +72,8 @@ void pack_block(void* context, int64_t index) {
   const Call& call = *static_cast<const Call*>(context);
   const Block& block = call.blocks[size_t(index)];
   const int64_t first = block.index * SIDE, left = block.expert->n_rows - first;
-  call.k->tiles->pack(block.expert->x.data() + first, left < SIDE ? left : SIDE, call.D,
-                      block.expert->blocks + block.index * block_bytes(call.D));
+  call.k->tiles->pack(block.expert->x.data() + first, left < SIDE ? left : SIDE, call.D, block.index,
+                      blocks_of(block.expert->n_rows), block.expert->blocks);
 }
 
 // Gate and up rows of an item; none if there is no such item, or no tiles are for it.
@@ -98,13 +98,14 @@ void gate_and_up_by_tiles(const Call& call, int64_t index) {
   for (int64_t i = 0; i < n; i++) strips[i] = strip_of(call, index, i);
   Scratch& s = scratch();
   call.k->tiles->multiply({strips, n, strip_of(call, index + call.n_threads, 0), call.D, call.D,
-                           item.expert->blocks + item.block * block_bytes(call.D), left < MOST_BLOCKS ? left : MOST_BLOCKS,
-                           s.sums, s.wide,
+                           item.expert->blocks, blocks_of(item.expert->n_rows), item.block,
+                           left < MOST_BLOCKS ? left : MOST_BLOCKS, s.sums, s.wide,
                            [](const void* context, int64_t strip, int64_t block, int part, const float* sums) {
                              const auto& [call, item] = *static_cast<const Columns*>(context);
                              const int64_t first = item.first + strip * STRIP_ROWS / 2;
-                             char* h = item.piece->h + (item.block + block) * item.piece->stride + first * SIDE * 2;
-                             call.k->tiles->activate(sums, part, item.last - first, call.act, h);
+                             const int64_t at = packed_at(first, item.piece->columns, item.block + block,
+                                                          blocks_of(item.expert->n_rows));
+                             call.k->tiles->activate(sums, part, item.last - first, call.act, item.piece->h + at);
                            },
                            &columns});
 }
@@ -136,8 +137,8 @@ void add_down_by_tiles(const Call& call, const Part& part, const Part& then, int
     const int64_t left = n_blocks - rows.block, some = left < MOST_BLOCKS ? left : MOST_BLOCKS;
     const Strip next = left > some ? strips[0] : strip_of_down(call, then, row, call.D - row);
     const int64_t next_K = left > some ? piece.columns : then.piece->columns;
-    call.k->tiles->multiply({strips, n_strips, next, piece.columns, next_K, piece.h + rows.block * piece.stride, some,
-                             s.sums, s.wide,
+    call.k->tiles->multiply({strips, n_strips, next, piece.columns, next_K, piece.h, n_blocks, rows.block, some, s.sums,
+                             s.wide,
                              [](const void* context, int64_t strip, int64_t block, int part, const float* sums) {
                                const Rows& rows = *static_cast<const Rows*>(context);
                                const int64_t t0 = (rows.block + block) * SIDE, left = rows.expert.n_rows - t0;
@@ -169,7 +170,7 @@ void down_of_all(void* context, int64_t index) {
   int64_t n = 0;
   for (int64_t r = 0; r < rows.n; r += STRIP_ROWS) strips[n++] = strip_of_down(call, part, first + r, rows.n - r);
   call.k->tiles->multiply({strips, n, strip_of_down(call, part, next * call.at_once, call.D - next * call.at_once),
-                           part.piece->columns, part.piece->columns, part.piece->h + rows.block * part.piece->stride,
+                           part.piece->columns, part.piece->columns, part.piece->h, n_blocks, rows.block,
                            left < MOST_BLOCKS ? left : MOST_BLOCKS, s.sums, s.wide,
                            [](const void* context, int64_t strip, int64_t block, int part, const float* sums) {
                              static constexpr float none[STRIP_ROWS] = {};

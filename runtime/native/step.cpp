@@ -67,19 +67,12 @@ int scheinfer_norm(const void* x, const void* weight, void* y, int64_t S, int64_
 
 // y [S, D] = one + other, rounded once.
 int scheinfer_add(const void* one, const void* other, void* y, int64_t S, int64_t D, int dtype, int isa, int n_threads) {
-  constexpr int64_t AT_ONCE = 512;
   const Kernels* k = kernels(isa, dtype);
   if (!k) return 2;
-  const int64_t size = dtype == F32 ? 4 : 2;
+  const int64_t bytes = D * (dtype == F32 ? 4 : 2);
   for_rows(n_threads, S, D, [=](int64_t s) {
-    for (int64_t d = 0; d < D; d += AT_ONCE) {
-      alignas(64) float a[AT_ONCE], b[AT_ONCE];
-      const int64_t at = (s * D + d) * size, n = D - d < AT_ONCE ? D - d : AT_ONCE;
-      k->widen_row(static_cast<const char*>(one) + at, n, a);
-      k->widen_row(static_cast<const char*>(other) + at, n, b);
-      for (int64_t i = 0; i < n; i++) a[i] += b[i];
-      k->store_row(a, n, static_cast<char*>(y) + at);
-    }
+    k->add_row(static_cast<const char*>(one) + s * bytes, static_cast<const char*>(other) + s * bytes, D,
+               static_cast<char*>(y) + s * bytes);
   });
   return 0;
 }

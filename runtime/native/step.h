@@ -61,6 +61,14 @@ void norm_row(const void* from, const void* weight, int64_t n, float eps, void* 
   }
 }
 
+// to = one + other, rounded once.
+template <class Element>
+void add_row(const void* one, const void* other, int64_t n, void* to) {
+  const auto *a = static_cast<const Element*>(one), *b = static_cast<const Element*>(other);
+  auto* sum = static_cast<Element*>(to);
+  for (int64_t i = 0; i < n; i++) narrow(widen(a[i]) + widen(b[i]), sum[i]);
+}
+
 template <class Element>
 inline float rounded(float v) {
   Element e;
@@ -117,7 +125,7 @@ void attend_row(const float* query, const void* keys, const void* values, int64_
 template <class T>
 const Kernels* kernels_of() {
   static const Kernels found = {dots<T>, load_row<T>, activate<T>, store_row<T>, widen_row<T>, norm_row<typename T::Weight>,
-                                turn_row<typename T::Weight>, attend_row<typename T::Weight>,
+                                add_row<typename T::Weight>, turn_row<typename T::Weight>, attend_row<typename T::Weight>,
                                 int(sizeof(typename T::Input))};
   return &found;
 }
