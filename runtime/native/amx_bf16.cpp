@@ -17,23 +17,25 @@ namespace {
 
 // -- products --------------------------------------------------------------------------------------------------------
 
-// Lines of what is needed next, row after row, fetched into the second cache a few at a time.
+constexpr int64_t STAYING_BYTES = 1 << 20;  // of tokens that stay in the second cache while strips pass
+
+// Lines of what is needed next, in the order in which it is: of all rows a line, then of all rows the next. Fetched into the
+// second cache a few at a time.
 struct Ahead {
   const char *at, *other;
-  int64_t line = 0, n_lines, left, other_left, stride, each = 0;
+  int64_t line = 0, row = 0, n_lines, n_first, n_rows, stride, each = 0;
 
   // A strip's block of K.
   Ahead(const Strip& s, int64_t K, int64_t k0)
-      : at(s.w[0] + k0 * 2), other(s.w[1] + k0 * 2), left(s.rows[0]), other_left(s.rows[1]), stride(K * 2) {
-    n_lines = ((K - k0 < STRIP_K ? K - k0 : STRIP_K) * 2 + LINE - 1) / LINE;
+      : at(s.w[0] + k0 * 2), other(s.w[1] + k0 * 2), n_first(s.rows[0]), n_rows(s.rows[0] + s.rows[1]), stride(K * 2) {
+    n_lines = n_rows == 0 ? 0 : ((K - k0 < STRIP_K ? K - k0 : STRIP_K) * 2 + LINE - 1) / LINE;
   }
-  void over(int64_t steps) { each = ((left + other_left) * n_lines + steps - 1) / steps; }
+  void over(int64_t steps) { each = (n_rows * n_lines + steps - 1) / steps; }
   void fetch() {
-    for (int64_t n = each; n > 0 && left > 0; n--) {
-      _mm_prefetch(at + line * LINE, _MM_HINT_T1);
-      if (++line < n_lines) continue;
-      line = 0, at += stride;
-      if (--left == 0) at = other, left = other_left, other_left = 0;
+    for (int64_t n = each; n > 0 && line < n_lines; n--) {
+      const char* from = row < n_first ? at + row * stride : other + (row - n_first) * stride;
+      _mm_prefetch(from + line * LINE, _MM_HINT_T1);
+      if (++row == n_rows) row = 0, line++;
     }
   }
 };
@@ -118,39 +120,62 @@ inline void multiply_blocks(const Weights& w, const char* x, int64_t apart, bool
   store_sums<N>(sums);
 }
 
-// What is needed after a strip's block of K.
-Ahead after(const StripProduct& p, int64_t strip, int64_t k0) {
-  if (strip + 1 < p.n_strips) return {p.strips[strip + 1], p.K, k0};
-  if (k0 + STRIP_K < p.K) return {p.strips[0], p.K, k0 + STRIP_K};
-  return {p.next, p.next_K, 0};
+// Blocks of strips in the order in which they are multiplied. Strips one after the other, each through all of K, as long as
+// the tokens stay in the second cache meanwhile; else all strips through one block of K after the other.
+struct Order {
+  const StripProduct& p;
+  bool by_strips;
+  int64_t strip = 0, k0 = 0;
+
+  explicit Order(const StripProduct& of) : p(of), by_strips(of.n_blocks * SIDE * of.K * 2 <= STAYING_BYTES) {}
+  bool next() {
+    if (by_strips) {
+      if ((k0 += STRIP_K) < p.K) return true;
+      k0 = 0;
+      return ++strip < p.n_strips;
+    }
+    if (++strip < p.n_strips) return true;
+    strip = 0;
+    return (k0 += STRIP_K) < p.K;
+  }
+  Ahead ahead() const {
+    Order then = *this;
+    return then.next() ? Ahead(p.strips[then.strip], p.K, then.k0) : Ahead(p.next, p.next_K, 0);
+  }
+  bool is_last() const { return k0 + STRIP_K >= p.K; }
+  Strip now() const {
+    const Strip& s = p.strips[strip];
+    return {{s.w[0] + k0 * 2, s.w[1] + k0 * 2}, {s.rows[0], s.rows[1]}};
+  }
+};
+
+// A block of a strip times all tokens, two blocks of them at a time.
+void multiply_block(const StripProduct& p, const Order& at, Finishing& finishing) {
+  const int64_t n = at.is_last() ? p.K - at.k0 : STRIP_K, steps = (n + STEP - 1) / STEP;
+  const Strip now = at.now();
+  const bool whole = now.rows[0] == HALF && now.rows[1] == HALF && n % STEP == 0;
+  const Weights w{now, p.K * 2, reinterpret_cast<char*>(p.copy), steps};
+  if (!whole) copy_strip(now, w.stride, n, w.copy);
+  Ahead ahead = at.ahead();
+  ahead.over((p.n_blocks + 1) / 2 * steps);
+  const char* x = p.x + packed_at(at.k0, p.K, p.block, p.all_blocks);
+  for (int64_t b = 0; b < p.n_blocks; b += 2, x += 2 * steps * TILE_BYTES) {
+    float* sums = p.sums + (at.strip * p.n_blocks + b) * SIDE * STRIP_ROWS;
+    const bool two = b + 1 < p.n_blocks;
+    const auto blocks = whole && b == 0 ? (two ? multiply_blocks<true, true> : multiply_blocks<true, false>)
+                                        : (two ? multiply_blocks<false, true> : multiply_blocks<false, false>);
+    blocks(w, x, steps * TILE_BYTES, at.k0 == 0, sums, ahead, finishing);
+    if (at.is_last()) finishing.begin(at.strip, b, two ? 2 : 1, sums);
+  }
 }
 
 void multiply(const StripProduct& p) {
   _tile_loadconfig(&shapes);
-  const int64_t stride = p.K * 2, pairs = (p.n_blocks + 1) / 2;
   Finishing finishing{p};
-  for (int64_t k0 = 0; k0 < p.K; k0 += STRIP_K) {
-    const bool last = k0 + STRIP_K >= p.K;
-    const int64_t n = last ? p.K - k0 : STRIP_K, steps = (n + STEP - 1) / STEP;
-    const char* first = p.x + packed_at(k0, p.K, p.block, p.all_blocks);
-    for (int64_t s = 0; s < p.n_strips; s++) {
-      const Strip &all = p.strips[s], now{{all.w[0] + k0 * 2, all.w[1] + k0 * 2}, {all.rows[0], all.rows[1]}};
-      Ahead ahead = after(p, s, k0);
-      ahead.over(pairs * steps);
-      const bool whole = now.rows[0] == HALF && now.rows[1] == HALF && n % STEP == 0;
-      const Weights w{now, stride, reinterpret_cast<char*>(p.copy), steps};
-      if (!whole) copy_strip(now, stride, n, w.copy);
-      for (int64_t b = 0; b < p.n_blocks; b += 2) {
-        const char* x = first + b * steps * TILE_BYTES;
-        float* sums = p.sums + (s * p.n_blocks + b) * SIDE * STRIP_ROWS;
-        const bool two = b + 1 < p.n_blocks;
-        const auto blocks = whole && b == 0 ? (two ? multiply_blocks<true, true> : multiply_blocks<true, false>)
-                                            : (two ? multiply_blocks<false, true> : multiply_blocks<false, false>);
-        blocks(w, x, steps * TILE_BYTES, k0 == 0, sums, ahead, finishing);
-        if (last) finishing.begin(s, b, two ? 2 : 1, sums);
-      }
-    }
-  }
+  Order at(p);
+  do {
+    multiply_block(p, at, finishing);
+  } while (at.next());
   finishing.rest();
   _tile_release();
 }
