@@ -9,6 +9,7 @@
 namespace scheinfer {
 namespace {
 
+constexpr float LOG2_E = 1.44269504f;
 constexpr int64_t BLOCK_BYTES_PER_STEP = BLOCK_KEYS / SIDE * TILE_BYTES;
 
 // n_keys keys as tiles [step of the width][16 keys four times][32 of the width], zeros beyond.
@@ -41,7 +42,7 @@ void pack_values_as_tiles(const void* values, int64_t n_keys, const Past& past, 
       }
 }
 
-// Of 16 queries: packed, scores of a span by key, their exponentials by pairs of keys, sums so far by column.
+// Of 16 queries: packed, scores of a span by key, their powers by pairs of keys, sums so far by column.
 struct Queries {
   alignas(64) char packed[MOST_WIDTH / STEP * TILE_BYTES], weights[SPAN_KEYS / STEP * TILE_BYTES];
   alignas(64) float scores[SPAN_KEYS][SIDE], mixed[MOST_WIDTH][SIDE];
@@ -67,33 +68,42 @@ inline void add_products(float* sums, bool begins, int64_t steps, const char* co
   store_sums<4>(sums);
 }
 
-// Scores of n keys, the first of which is before queries' own by `before`: their exponentials; how the sums before shrink.
+// 2^v for v of 0 and less, within 4e-6 of it: what it weighs is rounded to bfloat16.
+inline __m512 power_of_two(__m512 v) {
+  v = _mm512_max_ps(_mm512_set1_ps(-126.0f), v);  // of NaN: the second
+  const __m512 n = _mm512_roundscale_ps(v, 8), r = _mm512_sub_ps(v, n);
+  __m512 p = _mm512_set1_ps(9.6760370979e-3f);
+  const float rest[] = {5.5922035647e-2f, 2.4022107356e-1f, 6.9312103399e-1f, 1.0f};
+  for (const float c : rest) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, n);
+}
+
+// Scores of n keys, the first of which is before queries' own by `before`: powers of two of them by a scale above 0; how
+// the sums before shrink.
 inline __m512 soften(Queries& q, int64_t n, int64_t before, float scale) {
   const __m512 by = _mm512_set1_ps(scale), none = _mm512_set1_ps(-INFINITY);
   const __m512i last = _mm512_add_epi32(_mm512_set1_epi32(int(before)),
                                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   const auto seen = [&](int64_t t) { return _mm512_cmple_epi32_mask(_mm512_set1_epi32(int(t)), last); };
+  const int64_t by_all = before < 0 ? 0 : (before + 1 < n ? before + 1 : n) / 2 * 2;  // keys that all queries see; even
   __m512 highest = none;
-  for (int64_t t = 0; t < n; t++) {
-    const __m512 v = _mm512_mask_mul_ps(none, seen(t), _mm512_load_ps(q.scores[t]), by);
-    _mm512_store_ps(q.scores[t], v);
-    highest = _mm512_max_ps(highest, v);
-  }
+  for (int64_t t = 0; t < by_all; t++) highest = _mm512_max_ps(highest, _mm512_load_ps(q.scores[t]));
+  for (int64_t t = by_all; t < n; t++)
+    highest = _mm512_max_ps(highest, _mm512_mask_load_ps(none, seen(t), q.scores[t]));
+  highest = _mm512_mul_ps(highest, by);
   const __mmask16 higher = _mm512_cmp_ps_mask(highest, q.top, _CMP_GT_OQ);
   const __m512 now = _mm512_mask_mov_ps(q.top, higher, highest);
-  __m512 sum = _mm512_setzero_ps();
-  const auto weight = [&](int64_t t) {
-    if (t >= n) return _mm512_setzero_ps();
-    const __m512 e = _mm512_maskz_mov_ps(seen(t), exp_of(_mm512_sub_ps(_mm512_load_ps(q.scores[t]), now)));
-    sum = _mm512_add_ps(sum, e);
-    return e;
-  };
-  for (int64_t t = 0; t < n || t % STEP; t += 2) {
-    const __m512 one = weight(t), other = weight(t + 1);
+  __m512 sum = _mm512_setzero_ps(), other_sum = sum;
+  const auto weight = [&](int64_t t) { return power_of_two(_mm512_fmsub_ps(_mm512_load_ps(q.scores[t]), by, now)); };
+  const auto seen_weight = [&](int64_t t) { return t < n ? _mm512_maskz_mov_ps(seen(t), weight(t)) : _mm512_setzero_ps(); };
+  const auto add = [&](int64_t t, __m512 one, __m512 other) {
+    sum = _mm512_add_ps(sum, one), other_sum = _mm512_add_ps(other_sum, other);
     _mm512_store_si512(q.weights + t / 2 * LINE, pairs_of(one, other));
-  }
-  const __m512 shrink = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), higher, exp_of(_mm512_sub_ps(q.top, now)));
-  q.top = now, q.sum = _mm512_fmadd_ps(q.sum, shrink, sum);
+  };
+  for (int64_t t = 0; t < by_all; t += 2) add(t, weight(t), weight(t + 1));
+  for (int64_t t = by_all; t < n || t % STEP; t += 2) add(t, seen_weight(t), seen_weight(t + 1));
+  const __m512 shrink = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), higher, power_of_two(_mm512_sub_ps(q.top, now)));
+  q.top = now, q.sum = _mm512_fmadd_ps(q.sum, shrink, _mm512_add_ps(sum, other_sum));
   return shrink;
 }
 
@@ -112,7 +122,7 @@ void attend_by_tiles(int n, const Blocks& blocks, const void* const* queries, in
       const char* keys = blocks.keys + (block + t / BLOCK_KEYS) * blocks.key_bytes;
       add_products(q.scores[t], true, key_steps, q.packed, [=](int64_t i) { return keys + i * BLOCK_BYTES_PER_STEP; });
     }
-    const __m512 shrink = soften(q, n_keys, position - first, past.scale);
+    const __m512 shrink = soften(q, n_keys, position - first, past.scale * LOG2_E);
     const bool shrinks = first && _mm512_cmp_ps_mask(shrink, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ);
     const char* values = blocks.values + block * blocks.value_bytes;
     const int64_t each = blocks.value_bytes;
