@@ -119,7 +119,8 @@ const Kernels* avx512_kernels(int dtype);
 const Kernels* avx512_bf16_kernels(int dtype);
 const Kernels* amx_bf16_kernels(int dtype);
 
-// Calls work(context, i) for i = 0..n_items-1 on n_threads threads, the caller one of them; returns when all are done.
+// Calls work(context, i) for i = 0..n_items-1 on n_threads threads, the caller one of them; returns when all are done. Each
+// begins with neighbouring items, the same share of them in every call.
 void parallel(int n_threads, int64_t n_items, void (*work)(void* context, int64_t item), void* context);
 
 // Whether the calling thread's workers wait awake for its next call, for up to a millisecond.

@@ -16,7 +16,7 @@ struct Projection {
 struct Item {
   const Projection* of;
   int64_t first, last;
-  int64_t block;  // of tokens, the first, if by tiles
+  int64_t block, n_blocks;  // of tokens, if by tiles
 };
 
 struct Call {
@@ -24,7 +24,6 @@ struct Call {
   const char* source;
   char* x;  // padded rows, or packed blocks
   int64_t K, S, weight_bytes, x_stride;
-  int n_threads;
   std::vector<Projection> projections;
   std::vector<Item> items;
 };
@@ -58,12 +57,11 @@ void project_by_tiles(void* context, int64_t index) {
   const Item& item = rows.item;
   if (item.of->bias) call.k->widen_row(item.of->bias + item.first * call.weight_bytes, item.last - item.first, rows.bias);
   Scratch& s = scratch();
-  const int64_t left = blocks_of(call.S) - item.block;
   Strip strips[MOST_STRIPS];
   int64_t n = 0;
   for (; item.first + n * STRIP_ROWS < item.last; n++) strips[n] = strip_of(call, index, n);
-  call.k->tiles->multiply({strips, n, strip_of(call, index + call.n_threads, 0), call.K, call.K,
-                           call.x, blocks_of(call.S), item.block, left < MOST_BLOCKS ? left : MOST_BLOCKS, s.sums, s.wide,
+  call.k->tiles->multiply({strips, n, strip_of(call, index + 1, 0), call.K, call.K,
+                           call.x, blocks_of(call.S), item.block, item.n_blocks, s.sums, s.wide,
                            [](const void* context, int64_t strip, int64_t block, int part, const float* sums) {
                              const auto& [call, item, bias] = *static_cast<const Rows*>(context);
                              const Projection& p = *item.of;
@@ -85,7 +83,7 @@ void project(void* context, int64_t index) {
   const Item& item = call.items[size_t(index)];
   const Projection& p = *item.of;
   Scratch& s = scratch();
-  const int64_t n = item.last - item.first, next = index + call.n_threads;
+  const int64_t n = item.last - item.first, next = index + 1;
   const bool follows = next < int64_t(call.items.size()) && call.items[size_t(next)].last - call.items[size_t(next)].first >= n;
   const char *w = weights_of(call, item), *later = follows ? weights_of(call, call.items[size_t(next)]) : nullptr;
   float bias[MOST_ROWS + PAD] = {};
@@ -121,7 +119,7 @@ extern "C" int scheinfer_linear(const void* x, int64_t S, int64_t K, int64_t n_p
     const bool tiled = by_tiles(k, S);
     const int64_t bytes = dtype == F32 ? 4 : 2, stride = tiled ? block_bytes(K) : stride_of(K, k->activation_bytes);
     char* rows = memory.at_least(size_t((tiled ? blocks_of(S) : S) * stride));
-    Call call{k, static_cast<const char*>(x), rows, K, S, bytes, stride, n_threads, {}, {}};
+    Call call{k, static_cast<const char*>(x), rows, K, S, bytes, stride, {}, {}};
     if (tiled)
       parallel(n_threads, blocks_of(S), pack_block, &call);
     else
@@ -133,10 +131,13 @@ extern "C" int scheinfer_linear(const void* x, int64_t S, int64_t K, int64_t n_p
       n_rows += words[3];
     }
     const int64_t most = tiled ? tiled_rows_at_once(n_rows, n_threads) : rows_at_once(n_rows, n_threads, are_many(k, S));
-    for (const Projection& p : call.projections)
-      for (int64_t first = 0; first < p.N; first += most)
-        for (int64_t block = 0; block == 0 || (tiled && block < blocks_of(S)); block += MOST_BLOCKS)
-          call.items.push_back({&p, first, first + most < p.N ? first + most : p.N, block});
+    const Groups groups(S);
+    for (int64_t g = 0; g == 0 || (tiled && g < groups.n()); g++)
+      for (const Projection& p : call.projections)
+        for (int64_t first = 0; first < p.N; first += most) {
+          const int64_t last = first + most < p.N ? first + most : p.N, block = groups.first(g);
+          call.items.push_back({&p, first, last, block, groups.first(g + 1) - block});
+        }
     parallel(n_threads, int64_t(call.items.size()), tiled ? project_by_tiles : project, &call);
     return 0;
   } catch (const std::bad_alloc&) {

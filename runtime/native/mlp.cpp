@@ -69,7 +69,7 @@ void down(void* context, int64_t index) {
   std::fill_n(sums, call.S * n, 0.0f);  // of no tokens there is no memory
   for (size_t e = 0; e < call.parts.size(); e++) {
     const Part &part = call.parts[e], &then = call.parts[(e + 1) % call.parts.size()];
-    const int64_t row = e + 1 < call.parts.size() ? first : first + call.n_threads * call.at_once;
+    const int64_t row = e + 1 < call.parts.size() ? first : first + call.at_once;
     if (part.expert->tiled) {
       add_down_by_tiles(call, part, then, first, row, n, sums);
       continue;
@@ -143,11 +143,12 @@ void share_out(Call& call, Memory& memory, int n_threads) {
       const int64_t by_rows = rows_at_once(n_columns, n_threads, are_many(call.k, expert.n_rows));
       const int64_t most = expert.tiled ? MOST_STRIPS * STRIP_ROWS / 2 : by_rows;
       many |= are_many(call.k, expert.n_rows);
-      for (int64_t first = 0; first < piece.columns; first += most) {
-        const int64_t last = first + most < piece.columns ? first + most : piece.columns;
-        for (int64_t block = 0; block == 0 || (expert.tiled && block < blocks_of(expert.n_rows)); block += MOST_BLOCKS)
-          call.items.push_back({&expert, &piece, first, last, block});
-      }
+      const Groups groups(expert.n_rows);
+      for (int64_t g = 0; g == 0 || (expert.tiled && g < groups.n()); g++)
+        for (int64_t first = 0; first < piece.columns; first += most) {
+          const int64_t last = first + most < piece.columns ? first + most : piece.columns, block = groups.first(g);
+          call.items.push_back({&expert, &piece, first, last, block, groups.first(g + 1) - block});
+        }
     }
   char* h = memory.h.at_least(total);
   for (Expert& expert : call.experts)
@@ -206,7 +207,7 @@ int scheinfer_mlp(const void* x, void* y, int64_t S, int64_t D, int dtype, int a
     if (!k) return 2;
     const int64_t weight_bytes = dtype == F32 ? 4 : 2, stride = stride_of(D, k->activation_bytes);
     char* rows = memory.x.at_least(size_t(S * stride));
-    Call call{k, D, S, weight_bytes, MOST_ROWS, act, n_threads, static_cast<char*>(y), nullptr, {}, {}, {}, {}};
+    Call call{k, D, S, weight_bytes, MOST_ROWS, act, static_cast<char*>(y), nullptr, {}, {}, {}, {}};
     call.sums = reinterpret_cast<float*>(memory.sums.at_least(size_t(S * D) * sizeof(float)));
     read_experts(call, experts, n_experts, static_cast<const char*>(x), rows, stride);
     share_out(call, memory, n_threads);
@@ -217,7 +218,7 @@ int scheinfer_mlp(const void* x, void* y, int64_t S, int64_t D, int dtype, int a
     parallel(n_threads, int64_t(call.items.size()), gate_and_up, &call);
     const Expert* only = call.parts.size() == 1 ? call.parts.front().expert : nullptr;
     const bool whole = only && only->tiled && !only->rows && !only->weights && only->n_rows == S;
-    const int64_t groups = whole ? (blocks_of(S) + MOST_BLOCKS - 1) / MOST_BLOCKS : 1;
+    const int64_t groups = whole ? Groups(S).n() : 1;
     parallel(n_threads, (D + call.at_once - 1) / call.at_once * groups, whole ? down_of_all : down, &call);
     return 0;
   } catch (const std::bad_alloc&) {

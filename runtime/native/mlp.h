@@ -29,7 +29,7 @@ struct Item {
   const Expert* expert;
   const Piece* piece;
   int64_t first, last;
-  int64_t block;  // of tokens, the first, if by tiles
+  int64_t block, n_blocks;  // of tokens, if by tiles
 };
 
 struct Part {
@@ -45,7 +45,7 @@ struct Block {  // of an expert's tokens
 struct Call {
   const Kernels* k;
   int64_t D, S, weight_bytes, at_once;
-  int act, n_threads;
+  int act;
   char* y;
   float* sums;  // [D / at_once][S, at_once]
   std::vector<Expert> experts;
@@ -60,7 +60,7 @@ struct Memory {  // of a calling thread, kept for its next call
 
 // The gate of the item that this thread is likely to take next, if it has as many rows; null if not.
 const char* after(const Call& call, int64_t index) {
-  const int64_t next = index + call.n_threads;
+  const int64_t next = index + 1;
   if (next >= int64_t(call.items.size())) return nullptr;
   const Item &now = call.items[size_t(index)], &then = call.items[size_t(next)];
   return then.last - then.first < now.last - now.first ? nullptr : then.piece->gate + then.first * call.D * call.weight_bytes;
@@ -93,13 +93,12 @@ void gate_and_up_by_tiles(const Call& call, int64_t index) {
     const Item& item;
   } columns{call, call.items[size_t(index)]};
   const Item& item = columns.item;
-  const int64_t n = up_to(item.last - item.first, PAD) / (STRIP_ROWS / 2), left = blocks_of(item.expert->n_rows) - item.block;
+  const int64_t n = up_to(item.last - item.first, PAD) / (STRIP_ROWS / 2);
   Strip strips[MOST_STRIPS];
   for (int64_t i = 0; i < n; i++) strips[i] = strip_of(call, index, i);
   Scratch& s = scratch();
-  call.k->tiles->multiply({strips, n, strip_of(call, index + call.n_threads, 0), call.D, call.D,
-                           item.expert->blocks, blocks_of(item.expert->n_rows), item.block,
-                           left < MOST_BLOCKS ? left : MOST_BLOCKS, s.sums, s.wide,
+  call.k->tiles->multiply({strips, n, strip_of(call, index + 1, 0), call.D, call.D, item.expert->blocks,
+                           blocks_of(item.expert->n_rows), item.block, item.n_blocks, s.sums, s.wide,
                            [](const void* context, int64_t strip, int64_t block, int part, const float* sums) {
                              const auto& [call, item] = *static_cast<const Columns*>(context);
                              const int64_t first = item.first + strip * STRIP_ROWS / 2;
@@ -133,12 +132,14 @@ void add_down_by_tiles(const Call& call, const Part& part, const Part& then, int
   Strip strips[MOST_STRIPS];
   int64_t n_strips = 0;
   for (int64_t r = 0; r < n; r += STRIP_ROWS) strips[n_strips++] = strip_of_down(call, part, first + r, n - r);
-  for (const int64_t n_blocks = blocks_of(part.expert->n_rows); rows.block < n_blocks; rows.block += MOST_BLOCKS) {
-    const int64_t left = n_blocks - rows.block, some = left < MOST_BLOCKS ? left : MOST_BLOCKS;
-    const Strip next = left > some ? strips[0] : strip_of_down(call, then, row, call.D - row);
-    const int64_t next_K = left > some ? piece.columns : then.piece->columns;
-    call.k->tiles->multiply({strips, n_strips, next, piece.columns, next_K, piece.h, n_blocks, rows.block, some, s.sums,
-                             s.wide,
+  const Groups groups(part.expert->n_rows);
+  for (int64_t g = 0; g < groups.n(); g++) {
+    rows.block = groups.first(g);
+    const bool last = g + 1 == groups.n();
+    const Strip next = last ? strip_of_down(call, then, row, call.D - row) : strips[0];
+    const int64_t next_K = last ? then.piece->columns : piece.columns;
+    call.k->tiles->multiply({strips, n_strips, next, piece.columns, next_K, piece.h, groups.n_blocks, rows.block,
+                             groups.first(g + 1) - rows.block, s.sums, s.wide,
                              [](const void* context, int64_t strip, int64_t block, int part, const float* sums) {
                                const Rows& rows = *static_cast<const Rows*>(context);
                                const int64_t t0 = (rows.block + block) * SIDE, left = rows.expert.n_rows - t0;
@@ -161,17 +162,17 @@ void down_of_all(void* context, int64_t index) {
   };
   const Call& call = *static_cast<const Call*>(context);
   const Part& part = call.parts.front();
-  const int64_t n_blocks = blocks_of(call.S), groups = (n_blocks + MOST_BLOCKS - 1) / MOST_BLOCKS;
-  const int64_t first = index / groups * call.at_once, all = call.D - first, next = (index + call.n_threads) / groups;
-  Rows rows{call, first, all < call.at_once ? all : call.at_once, index % groups * MOST_BLOCKS};
-  const int64_t left = n_blocks - rows.block;
+  const Groups groups(call.S);
+  const int64_t n_shares = (call.D + call.at_once - 1) / call.at_once, first = index % n_shares * call.at_once;
+  const int64_t all = call.D - first, next = (index + 1) % n_shares * call.at_once, g = index / n_shares;
+  Rows rows{call, first, all < call.at_once ? all : call.at_once, groups.first(g)};
   Scratch& s = scratch();
   Strip strips[MOST_STRIPS];
   int64_t n = 0;
   for (int64_t r = 0; r < rows.n; r += STRIP_ROWS) strips[n++] = strip_of_down(call, part, first + r, rows.n - r);
-  call.k->tiles->multiply({strips, n, strip_of_down(call, part, next * call.at_once, call.D - next * call.at_once),
-                           part.piece->columns, part.piece->columns, part.piece->h, n_blocks, rows.block,
-                           left < MOST_BLOCKS ? left : MOST_BLOCKS, s.sums, s.wide,
+  call.k->tiles->multiply({strips, n, strip_of_down(call, part, next, call.D - next), part.piece->columns,
+                           part.piece->columns, part.piece->h, groups.n_blocks, rows.block,
+                           groups.first(g + 1) - rows.block, s.sums, s.wide,
                            [](const void* context, int64_t strip, int64_t block, int part, const float* sums) {
                              static constexpr float none[STRIP_ROWS] = {};
                              const auto& [call, first, n, from] = *static_cast<const Rows*>(context);

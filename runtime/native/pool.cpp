@@ -1,4 +1,6 @@
-// Workers of a calling thread: they end with it, sleep between calls, and each stays on its own core. Where the caller
+// Workers of a calling thread: they end with it, sleep between calls, and each stays on its own core. Each takes its own share
+// of the items, neighbours, and then what is left of others': what one wrote in one call it finds in its caches in the
+// next, if both go by the same rows. Where the caller
 // says that the cores are its alone they stay awake for a while after a call: waking one up takes as long as a small
 // projection, the more so on a virtual machine.
 #include <pthread.h>
@@ -43,7 +45,8 @@ bool same(const cpu_set_t& one, const cpu_set_t& other) { return CPU_EQUAL(&one,
 
 class Pool {
  public:
-  Pool(int n_threads, const cpu_set_t& cores) : n_threads_(n_threads), cores_(cores), owner_(getpid()) {
+  Pool(int n_threads, const cpu_set_t& cores)
+      : n_threads_(n_threads), cores_(cores), owner_(getpid()), shares_(size_t(n_threads)) {
     CPU_ZERO(&taken_);
     std::vector<int> free;
     const int own = sched_getcpu();
@@ -54,7 +57,7 @@ class Pool {
       const int core = pinned ? free[size_t(i - 1)] : -1;
       if (pinned) CPU_SET(core, &taken_);
       try {
-        workers_.emplace_back([this, core] { serve(core); });
+        workers_.emplace_back([this, i, core] { serve(i, core); });
       } catch (const std::system_error&) {
         break;  // fewer threads compute the same
       }
@@ -77,15 +80,18 @@ class Pool {
 
   void run(int64_t n_items, void (*work)(void*, int64_t), void* context) {
     const bool moved = step_aside();
-    work_ = work, context_ = context, n_items_ = n_items;
-    next_.store(0, std::memory_order_relaxed);
+    work_ = work, context_ = context;
+    for (int64_t i = 0; i < n_threads_; i++) {
+      shares_[size_t(i)].next.store(i * n_items / n_threads_, std::memory_order_relaxed);
+      shares_[size_t(i)].end = (i + 1) * n_items / n_threads_;
+    }
     busy_.store(int(workers_.size()), std::memory_order_relaxed);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_.fetch_add(1);
     }
     called_.notify_all();
-    take_items();
+    take_items(0);
     const auto done = [this] { return busy_.load(std::memory_order_acquire) == 0; };
     if (!soon(done, awake_)) {
       std::unique_lock<std::mutex> lock(mutex_);
@@ -95,6 +101,11 @@ class Pool {
   }
 
  private:
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
   // A worker woken on the core that its caller runs on would wait for it: the caller leaves workers' cores.
   bool step_aside() const {
     const int core = sched_getcpu();
@@ -104,11 +115,14 @@ class Pool {
     return sched_setaffinity(0, sizeof(others), &others) == 0;
   }
 
-  void take_items() {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n_items_;) work_(context_, i);
+  void take_items(int own) {
+    for (int n = 0; n < n_threads_; n++) {
+      Share& share = shares_[size_t((own + n) % n_threads_)];
+      for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) work_(context_, i);
+    }
   }
 
-  void serve(int core) {
+  void serve(int own, int core) {
     pthread_setname_np(pthread_self(), "scheinfer-mlp");
     if (core >= 0) {
       cpu_set_t own;
@@ -124,7 +138,7 @@ class Pool {
       }
       seen = job_.load(std::memory_order_acquire);
       if (ending_) return;
-      take_items();
+      take_items(own);
       if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
         std::lock_guard<std::mutex> lock(mutex_);
         finished_.notify_one();
@@ -140,13 +154,12 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable called_, finished_;
   std::atomic<uint64_t> job_{0};
-  std::atomic<int64_t> next_{0};
   std::atomic<int> busy_{0};
   std::atomic<bool> awake_{false};
   bool ending_ = false;
   void (*work_)(void*, int64_t) = nullptr;
   void* context_ = nullptr;
-  int64_t n_items_ = 0;
+  std::vector<Share> shares_;
 };
 
 thread_local std::unique_ptr<Pool> own_pool;

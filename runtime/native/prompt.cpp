@@ -35,12 +35,12 @@ int64_t n_items(const Attention& a) {
   return (a.n_new + each - 1) / each;
 }
 
-// One head's queries of a few tiles; the last tokens of a KV head, which see most, come first.
+// One head's queries of a few tiles; those tokens of a sequence which see most come last, and their share is the longest.
 void attend_some(void* context, int64_t index) {
   const Attention& a = *static_cast<const Attention*>(context);
-  const int64_t at_once = a.k->attends_at_once, per_kv = n_items(a) * a.group;
-  const int64_t kv = index / per_kv, item = n_items(a) - 1 - index % per_kv / a.group, b = kv / a.n_kv;
-  const int64_t head = kv % a.n_kv * a.group + index % a.group, end = (item + 1) * at_once * ITEM_TILES;
+  const int64_t at_once = a.k->attends_at_once, per_sequence = n_items(a) * a.n_heads, b = index / per_sequence;
+  const int64_t item = index % per_sequence / a.n_heads, head = index % a.n_heads, kv = b * a.n_kv + head / a.group;
+  const int64_t end = (item + 1) * at_once * ITEM_TILES;
   Blocks blocks = a.sizes;
   blocks.keys = a.keys + kv * n_blocks(a) * a.sizes.key_bytes;
   blocks.values = a.values + kv * n_blocks(a) * a.sizes.value_bytes;

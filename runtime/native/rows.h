@@ -58,6 +58,13 @@ inline int64_t tiled_rows_at_once(int64_t n, int n_threads) {  // of W, so that 
   const int64_t share = up_to(n / (4 * n_threads) + 1, STRIP_ROWS), most = MOST_STRIPS * STRIP_ROWS;
   return share < most ? share : most;
 }
+// Blocks of tokens in as few groups as possible, of sizes as equal as possible: each multiplied at once.
+struct Groups {
+  int64_t n_blocks;
+  explicit Groups(int64_t tokens) : n_blocks(blocks_of(tokens)) {}
+  int64_t n() const { return n_blocks ? (n_blocks + MOST_BLOCKS - 1) / MOST_BLOCKS : 1; }
+  int64_t first(int64_t i) const { return i * n_blocks / n(); }
+};
 inline int64_t block_bytes(int64_t n) { return up_to(n, PAD) * SIDE * 2; }
 
 // Tokens in as few chunks as possible, of sizes as equal as possible; all of them many or none.
