@@ -1,6 +1,7 @@
 """How near to the machine's limit does the CPU compute MLPs and experts, and is any path of torch nearer?
 
     python -m experiments.cpu_kernels            4 minutes on 2 cores; writes experiments/results/cpu_kernels/
+    python -m experiments.cpu_kernels --isa AVX512    the same as a CPU without bfloat16 and AMX would; -AVX512 is added
     python -m experiments.cpu_kernels --smoke    seconds on tiny shapes; writes nowhere unless --out is given
 
 One gated MLP or a layer's experts, the same weights by every path: the native kernel, torch's F.linear and mv, oneDNN
@@ -9,6 +10,10 @@ Paths take turns within each round, each after a rest and a call that is not tim
 does nothing else. A path's bandwidth is weight bytes over time; its share divides by the read loop's median over the
 same rounds. The spread is half of the distance between quartiles over the median.
 
+With --isa neither the kernel nor oneDNN, which torch computes by, uses more than that instruction set: what is asked of
+eight tokens (three times F.linear) was asked on a CPU of that kind, and where F.linear has AMX it is beyond what memory
+gives.
+
 One should see the native kernel near the read loop at one token in every dtype, torch's bfloat16 at half to three
 quarters of it, and for prompts a bfloat16 rate far above what float32 reaches by any path.
 """
@@ -16,6 +21,7 @@ quarters of it, and for prompts a bfloat16 rate far above what float32 reaches b
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +47,8 @@ Path_ = Callable[[int], object]
 _READ_BYTES, _POOL_BYTES = 256 << 20, 320 << 20  # many times the cache
 _REST_S = 0.05  # torch's threads spin for a while after they worked, on a core that the next path needs
 _DTYPES = ("bfloat16", "float32", "float16")
+_ONEDNN = {"AVX2": "AVX2", "AVX512": "AVX512_CORE_VNNI", "AVX512_BF16": "AVX512_CORE_BF16"}
+"""What oneDNN calls the instruction sets that it can be held to."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,8 @@ class Weights:
 # -- paths --------------------------------------------------------------------------------------------
 
 
-def paths(kernel: Kernel, weights: Weights, x: Tensor, inductor: bool) -> Iterator[tuple[str, Path_]]:
-    """Every way to compute a set of experts for all rows of x that this build of torch has."""
+def paths(kernel: Kernel, isa: str, weights: Weights, x: Tensor, inductor: bool) -> Iterator[tuple[str, Path_]]:
+    """Every way to compute a set of experts for all rows of x that this build of torch has; the kernel's by an ISA."""
     rows, ones = torch.arange(x.shape[0]), torch.ones(x.shape[0])
     one_set = [(rows, ones)] * weights.shape.n_experts
 
@@ -106,7 +114,7 @@ def paths(kernel: Kernel, weights: Weights, x: Tensor, inductor: bool) -> Iterat
     def experts(i: int) -> list[tuple[Tensor, Tensor, list[Piece]]]:
         return sets[i % weights.n_sets]
 
-    yield f"native {kernel.isa}", lambda i: kernel.mlp(x, experts(i), 0)
+    yield f"native {isa}", lambda i: kernel.mlp(x, experts(i), 0, isa)
     yield "F.linear", lambda i: torch_routed_mlp(x, experts(i), silu)
     if x.shape[0] == 1:
         yield "mv", lambda i: [_by_mv(x[0], piece) for piece in pieces[i % weights.n_sets]]
@@ -177,7 +185,9 @@ def _compiled(x: Tensor, pieces: Sequence[Piece]) -> Path_:
 # -- measuring ----------------------------------------------------------------------------------------
 
 
-def measure(kernel: Kernel, shape: Shape, n_tokens: int, n_rounds: int, inductor: bool) -> list[dict[str, Any]]:
+def measure(
+    kernel: Kernel, isa: str, shape: Shape, n_tokens: int, n_rounds: int, inductor: bool
+) -> list[dict[str, Any]]:
     """A row per dtype and path, all of them and the read loop taking turns in every round."""
     read = large_pages(torch.empty(_READ_BYTES if shape.size > 1 << 20 else 1 << 20, dtype=torch.uint8)).fill_(1)
     rest_s = _REST_S if shape.size > 1 << 20 else 0.0
@@ -185,7 +195,7 @@ def measure(kernel: Kernel, shape: Shape, n_tokens: int, n_rounds: int, inductor
     for name in _DTYPES:
         weights = Weights(shape, getattr(torch, name))
         x = torch.randn(n_tokens, shape.d_model, generator=torch.Generator().manual_seed(1)).to(weights.dtype)
-        cases += [(name, path, weights.n_bytes, f) for path, f in paths(kernel, weights, x, inductor)]
+        cases += [(name, path, weights.n_bytes, f) for path, f in paths(kernel, isa, weights, x, inductor)]
     seconds: list[list[float]] = [[] for _ in cases]
     read_s: list[float] = []
     for i in range(-1, n_rounds):  # the first round warms up
@@ -254,8 +264,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads (default: torch's)")
     parser.add_argument("--inductor", action="store_true", help="compile the paths of inductor, too")
     parser.add_argument("--shape", choices=[s.name for s in SHAPES], help="one shape only")
+    parser.add_argument("--isa", choices=_ONEDNN, help="hold the kernel and oneDNN to it (default: the best of each)")
     parser.add_argument("--out", type=Path, help=f"folder to write to (default {RESULTS.name}/cpu_kernels)")
     flags = parser.parse_args(argv)
+    if flags.isa:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = _ONEDNN[flags.isa]  # read at its first product
     before = torch.get_num_threads()
     torch.set_num_threads(flags.threads)
     kernel = native.installed()
@@ -269,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cells = [(s, n, k) for s in shapes for n, k in zip(s.n_tokens, s.n_rounds, strict=True)]
         with torch.inference_mode():
             for shape, n_tokens, n_rounds in tqdm(cells, unit="cell", leave=False):
-                rows += measure(kernel, shape, n_tokens, n_rounds, flags.inductor)
+                rows += measure(kernel, flags.isa or kernel.isa, shape, n_tokens, n_rounds, flags.inductor)
         kernel.end_workers()
     finally:
         torch.set_num_threads(before)
@@ -279,8 +292,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _report(flags: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
     shown = ["shape", "n_tokens", "dtype", "path", "GBps", "read_share", "GFLOPps", "spread"]
     print(pd.DataFrame(rows)[shown].to_string(index=False, float_format=lambda v: f"{v:.3g}"))
-    out = flags.out or (None if flags.smoke else RESULTS / "cpu_kernels")
-    settings = {"threads": flags.threads, "kernel": native.describe(), "inductor": flags.inductor}
+    usual = RESULTS / ("cpu_kernels" + (f"-{flags.isa}" if flags.isa else ""))
+    out = flags.out or (None if flags.smoke else usual)
+    settings = {"threads": flags.threads, "kernel": native.describe(), "isa": flags.isa, "inductor": flags.inductor}
     record(out, settings, rows, bars(rows))
 
 
