@@ -3,8 +3,9 @@
 // W is the first operand as it lies, 32 weights of a row beside each other; tokens are the second, packed by pairs. So
 // weights are never transposed, and what comes out as [row of W][token] is, of gate and up, already the order in which
 // down's product reads it. Two tiles of W by two of tokens: a strip of 32 rows by 512 of K stays in the first cache (32
-// KiB), tokens are loaded past it from the second, where 256 of them by 512 of K serve eight strips: the third cache gives
-// each core a tile in the time of seven products. Sums run through K in one order, whatever the other tokens.
+// KiB), tokens are loaded past it from the second, where they stay while strips pass, all of K or 256 of them by 512 of it:
+// the third cache gives each core a tile in the time of seven products. Sums run through K in one order, whatever the
+// other tokens.
 #include "kernel.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
