@@ -7,8 +7,8 @@
 Each shape is calibrated as --quick does, two calibrations at a time whose rounds take turns of a second: they see the
 same minutes of the machine, and what they differ by is the calibration's own. Then two more, later: what those differ
 by from the first is that and the machine's drift. With --full there are two in all, one after the other, each as
-`scheinfer calibrate` makes it. Every policy's plan for half of the MLP weights on the device is
-predicted by each of them.
+`scheinfer calibrate` makes it. Later ones are made in another process, as they would be (in the same one the second
+was 4 % slower, twice). Every policy's plan for half of the MLP weights on the device is predicted by each of them.
 
 One should see speeds that differ by less than 5 % between calibrations in turns. Those apart differ by more where
 slow_share, the share of time in which the cores were below their pace, does.
@@ -20,9 +20,11 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import combinations
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -148,10 +150,11 @@ def _name(curve: Curve) -> str:
 
 
 def _points_apart(one: Curve, other: Curve) -> list[float]:
+    """Of the points that both have: how many bytes a step moves may depend on what it found."""
     axes = AXES[one.op]
-    seconds = {tuple(getattr(s, axis) for axis in axes): s.median_s for s in other.samples}
-    pairs = [(s.median_s, seconds[tuple(getattr(s, axis) for axis in axes)]) for s in one.samples]
-    return [max(pair) / min(pair) - 1 for pair in pairs]
+    seconds = [{tuple(getattr(s, axis) for axis in axes): s.median_s for s in curve.samples} for curve in (one, other)]
+    pairs = [(own, seconds[1][at]) for at, own in seconds[0].items() if at in seconds[1]]
+    return [max(pair) / min(pair) - 1 for pair in pairs] or [0.0]
 
 
 def summary_of(table: pd.DataFrame, found: Sequence[Calibration]) -> dict[str, Any]:
@@ -192,11 +195,19 @@ def figure(table: pd.DataFrame) -> Chart:
 
 
 def run(name: str, config: Config, device: str, full: bool, smoke: bool) -> list[Calibration]:
-    """All calibrations of a shape."""
+    """All calibrations of a shape, those of each group in a process of their own."""
+    found: list[Calibration] = []
+    for group in range(GROUPS):
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            found += process.submit(_group, name, config, device, full, smoke, group).result()
+    return found
+
+
+def _group(name: str, config: Config, device: str, full: bool, smoke: bool, group: int) -> list[Calibration]:
     if full:
-        return [whole(name, config, device, SMOKE if smoke else None, group) for group in range(GROUPS)]
+        return [whole(name, config, device, SMOKE if smoke else None, group)]
     extent, n_turns = (SMOKE, 2) if smoke else (QUICK, round(QUICK.seconds))
-    return [one for group in range(GROUPS) for one in in_turns(name, config, device, extent, n_turns, group)]
+    return in_turns(name, config, device, extent, n_turns, group)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
