@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,64 @@ def test_more_rows_in_float32_are_the_modules(tiny_checkpoint: TinyCheckpoint, c
         read(model, cut([FEW_ROWS + 1]))
         read(model, cut([FEW_ROWS // 2 + 1], 2))
     assert not calls
+
+
+@needs_bfloat16
+def test_steps_of_more_sequences_than_few_are_calls_too(
+    tiny_checkpoint: TinyCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    calls: list[int],  # noqa: F811
+) -> None:
+    folder, chunks = tiny_checkpoint("qwen3"), cut([3, 1, 1, 4], 12)
+    with loaded(folder, on_cpu(spec_of(folder, "bfloat16"), batch=12), dtype="bfloat16") as model:
+        found = read(model, chunks)
+        assert calls == [12 * n for n in (3, 1, 1, 4) for _ in range(N_LAYERS)]
+        assert torch.equal(found, modules_alone(monkeypatch, lambda: read(model, chunks)))
+
+
+# -- routers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_of_equally_likely_experts_prompts_and_steps_choose_the_first(
+    family: str, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    # torch's topk chooses any of them.
+    folder, n_prompt = tiny_checkpoint(family), 300 if HAS_BFLOAT16 else 8
+    dtype = "bfloat16" if HAS_BFLOAT16 else "float32"
+    with loaded(folder, plan(folder, dtype), dtype=dtype) as model:
+        gates: list[Any] = [m for name, m in model.named_modules() if name.endswith("mlp.gate")]
+        n_experts, top_k = gates[0].weight.shape[0], gates[0].top_k
+
+        def chosen() -> list[tuple[int, ...]]:
+            greedy(model, *cut([n_prompt]), 4)
+            assert model.last_routing is not None
+            return [counts for counts in model.last_routing.counts.values() if len(counts) == n_experts]
+
+        for gate in gates:
+            gate.weight.data[2:] = gate.weight.data[2]
+        assert all(list(counts[2:]) == sorted(counts[2:], reverse=True) for counts in chosen())
+        for gate in gates:
+            gate.weight.data.zero_()
+        n_tokens = [n_prompt] * len(gates) + [1] * 3 * len(gates)
+        assert chosen() == [(n,) * top_k + (0,) * (n_experts - top_k) for n in n_tokens]
+
+
+@pytest.mark.parametrize("family", ["llama", *KNOWN])
+def test_what_is_not_a_number_stays_in_its_sequence_and_has_experts_too(
+    family: str, tiny_checkpoint: TinyCheckpoint
+) -> None:
+    folder, (n_prompt, at) = tiny_checkpoint(family), (300, 200) if HAS_BFLOAT16 else (4, 2)
+    dtype = "bfloat16" if HAS_BFLOAT16 else "float32"
+    ids = torch.full((2, n_prompt), 7)
+    ids[1, at:] = 9
+    with loaded(folder, plan(folder, dtype), dtype=dtype) as model:
+        before = read(model, [ids])
+        embedding: Any = model.get_submodule("model.embed_tokens")
+        embedding.weight.data[9] = torch.nan
+        found = read(model, [ids])
+    assert torch.equal(found[0], before[0])
+    assert found[1, at:].isnan().all()
 
 
 # -- what is in the cache -----------------------------------------------------------------------------
@@ -425,3 +484,19 @@ def test_a_prompt_records_the_tasks_and_the_routing_that_its_modules_do(
         assert rows[:N_LAYERS] == [8] * N_LAYERS
         by_modules(monkeypatch)
         assert recorded(model) == whole
+
+
+def test_two_models_read_prompts_in_two_threads_at_once(tiny_checkpoint: TinyCheckpoint) -> None:
+    dtype = "bfloat16" if HAS_BFLOAT16 else "float32"
+    sizes = [[300, 37, 9, 1] if HAS_BFLOAT16 else [8, 7, 6, 1]] * 10
+
+    def run(model: PlannedModel) -> list[torch.Tensor]:
+        return [read(model, cut(some, seed=i)) for i, some in enumerate(sizes)]
+
+    folders = [tiny_checkpoint(family) for family in ("qwen2_moe", "llama")]
+    with ExitStack() as stack:
+        models = [stack.enter_context(loaded(f, plan(f, dtype), dtype=dtype)) for f in folders]
+        alone = [run(model) for model in models]
+        with ThreadPoolExecutor(2) as threads:
+            together = list(threads.map(run, models))
+    assert all(torch.equal(*both) for pair in zip(alone, together, strict=True) for both in zip(*pair, strict=True))
