@@ -158,7 +158,7 @@ def grows(cache: object) -> TypeGuard[DynamicCache]:
 
 
 def use_layers(model: PreTrainedModel, executor: Executor) -> None:
-    """Let the kernel compute whole layers of small steps where the plan leaves them to the CPU."""
+    """Let the kernel compute whole layers of small steps and prompts where the plan leaves them to the CPU."""
     kernel = native.kernel()
     if kernel is None:
         return

@@ -21,6 +21,7 @@ from runtime.projection import FEW_ROWS, computes_prompt
 from runtime.session import PlannedModel
 from tests.conftest import TinyCheckpoint
 from tests.planned import greedy, left_padded, loaded, on_cpu, spec_of
+from tests.test_failures import mixed
 from tests.test_layer import MIXTURES, N_LAYERS, TOLERANCE, by_modules, calls, counted  # noqa: F401 - a fixture
 from tests.tiny import DENSE, eager, tokens
 
@@ -500,3 +501,14 @@ def test_two_models_read_prompts_in_two_threads_at_once(tiny_checkpoint: TinyChe
         with ThreadPoolExecutor(2) as threads:
             together = list(threads.map(run, models))
     assert all(torch.equal(*both) for pair in zip(alone, together, strict=True) for both in zip(*pair, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_layer_on_the_cpu_between_two_on_the_device_is_a_call(
+    family: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, chunks = tiny_checkpoint(family), cut([8, 1, 6])
+    with loaded(folder, mixed(spec_of(folder))) as model, counted(monkeypatch) as rows:
+        found = read(model, chunks)
+        assert rows == [8, 1, 6]
+    torch.testing.assert_close(found, read(eager(folder), chunks), atol=TOLERANCE, rtol=0)
