@@ -161,7 +161,7 @@ class Kernel:
         check(self.library.scheinfer_layer(ctypes.byref(words), threads()))
 
     def layers(self, words: LayersWords) -> None:
-        """All layers for one new token of each, and the norm after them; words.n_done tells what an ExecutionError is of."""
+        """All layers for one new token of each, and the norm after them; words.n_done: what an ExecutionError is of."""
         check(self.library.scheinfer_layers(ctypes.byref(words), threads()))
 
     def forward(self, words: ForwardWords, n_threads: int) -> bool:
