@@ -167,7 +167,10 @@ class Executor:
         return step.by_kernel and self.plan.layers[layer].rest == "CPU" and not step.compiler.tier.offload
 
     def run_layer(self, layer: int, compute: Callable[[], LayerRun]) -> None:
-        """A layer that one call computes whole, in place of its attention and run_mlp; same tasks."""
+        """A layer that one call computes whole, in place of its attention and run_mlp; same tasks.
+
+        What fails in it is named by the first of them, attention.
+        """
         step = self._current()
         attn = step.open_task
         assert attn is not None, "the layer was entered"

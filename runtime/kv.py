@@ -52,7 +52,7 @@ class Room:
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer of a DynamicCache whose keys and values are the beginnings of larger buffers.
 
-    A new token is written behind them. Where something else has put other tensors in their place (a beam, a batch
+    New tokens are written behind them. Where something else has put other tensors in their place (a beam, a batch
     that was repeated), the next update copies those, as DynamicLayer always does. Views of the buffers are made when
     keys and values are asked for: the kernel needs none.
     """

@@ -23,7 +23,7 @@ from runtime.ffn import PartitionedExperts, PartitionedMlp
 from runtime.kv import GrowingLayer, Room
 from runtime.native.layer import LayerWords
 from runtime.projection import FEW_ROWS, Projection, is_kernels
-from runtime.prompt import may_attend
+from runtime.prompt import are_of, may_attend
 from runtime.recording import LayerRun
 from runtime.skeleton import decoder_layers
 from runtime.watch import Fact, Link, Value, Watch
@@ -111,13 +111,12 @@ class StepLayer(nn.Module):
             return False
         if hidden.dim() != 3 or not hidden.is_contiguous() or torch.is_grad_enabled():
             return False
-        cos, sin = tables
-        if hidden.shape[1] > 1 and may_attend(words.head_width, hidden, cos, sin) is None:
+        if not are_of(hidden, tables, words.head_width) or hidden.dtype != self.prepared.dtype:
             return False
-        size = (hidden.shape[1] * words.head_width, hidden.shape[0] * hidden.shape[1] * words.head_width)
-        if cos.shape[-1] != words.head_width or cos.numel() not in size or cos.shape != sin.shape:
+        (cos, sin), causal = tables, kwargs.get("is_causal") is not False
+        if hidden.shape[1] > 1 and (not causal or may_attend(words.head_width, hidden, cos, sin) is None):
             return False
-        if not (cos.is_contiguous() and sin.is_contiguous() and hidden.dtype == self.prepared.dtype):
+        if not (cos.is_contiguous() and sin.is_contiguous()):
             return False
         return (
             native.holds(hidden, cos, sin) and self.executor.computes_layer(self.index) and self.prepared.watch.holds()
@@ -159,7 +158,7 @@ def grows(cache: object) -> TypeGuard[DynamicCache]:
 
 
 def use_layers(model: PreTrainedModel, executor: Executor) -> None:
-    """Let the kernel compute whole layers of small steps where the plan leaves them to the CPU."""
+    """Let the kernel compute whole layers of small steps and prompts where the plan leaves them to the CPU."""
     kernel = native.kernel()
     if kernel is None:
         return
@@ -247,6 +246,8 @@ def prepare(layer: nn.Module, index: int, executor: Executor, kernel: native.Ker
 def _read_attention(words: LayerWords, reader: _Reader, layer: nn.Module) -> None:
     attention: Any = reader.part(layer, "self_attn", lambda m: hasattr(m, "scaling") and hasattr(m, "head_dim"))
     config, width = attention.config, reader.fact(attention, "head_dim")
+    if not reader.fact(attention, "is_causal"):
+        raise UnfitError("is_causal")
     words.n_heads, words.n_kv_heads, words.head_width = config.num_attention_heads, config.num_key_value_heads, width
     words.scale, clip = reader.fact(attention, "scaling"), reader.fact(config, "clip_qkv")
     words.clip = torch.inf if clip is None else clip

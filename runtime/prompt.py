@@ -65,6 +65,13 @@ def may_attend(width: int, *tensors: Tensor) -> native.Kernel | None:
     return kernel if native.holds(*tensors) else None
 
 
+def are_of(hidden: Tensor, tables: Tables, width: int) -> bool:
+    """Whether cosine and sine are of each new token of hidden [B, S, D], of every sequence or of all alike."""
+    cos, sin = tables
+    batch, n_new = hidden.shape[:2]
+    return cos.shape == sin.shape and tuple(cos.shape) in ((1, n_new, width), (batch, n_new, width))
+
+
 def attend_layer(
     module: nn.Module, kernel: native.Kernel, hidden: Tensor, tables: Tables, past: Any, layer: int, scale: float
 ) -> Tensor:

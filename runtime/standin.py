@@ -119,7 +119,7 @@ def _pass_case(model: PlannedModel, n_tokens: int, past: int, place: Place) -> C
 def with_gaps(timeline: Timeline) -> Timeline:
     """A pass of the CPU alone in which attention lasts from the end of what ran before it to the start of its MLP.
 
-    Hand-offs between tasks of the CPU are decode's, where one native call holds many; here tasks are made in between.
+    Hand-offs between tasks of the CPU are decode's, where one native call holds many; here layers are begun in between.
     """
     spans = sorted(timeline.spans, key=lambda s: s.start_s)
     for i, span in enumerate(spans[1:-1], 1):

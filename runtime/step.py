@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from runtime import native
 from runtime.attention import attend_one
 from runtime.projection import FEW_ROWS, Projection, is_kernels, untouched
-from runtime.prompt import attend_layer, may_attend
+from runtime.prompt import are_of, attend_layer, may_attend
 
 ATTENTIONS = frozenset(
     f"{family}Attention"
@@ -46,6 +46,7 @@ class StepAttention(nn.Module):
     layer_idx: int
     head_dim: int
     scaling: float
+    is_causal: bool
 
     def forward(
         self,
@@ -57,7 +58,8 @@ class StepAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, S, D] -> [B, S, D]."""
         kernel = native.kernel()
-        if attention_mask is None and (by := self._prompt_kernel(hidden_states, position_embeddings)) is not None:
+        causal = kwargs.get("is_causal") is not False and attention_mask is None
+        if causal and (by := self._prompt_kernel(hidden_states, position_embeddings)) is not None:
             assert position_embeddings is not None, "a prompt has them"
             past, layer = past_key_values, self.layer_idx
             return attend_layer(self, by, hidden_states, position_embeddings, past, layer, self.scaling), None
@@ -93,10 +95,9 @@ class StepAttention(nn.Module):
         """The kernel if it computes this call: several new tokens per sequence, whole heads turned."""
         if hidden.dim() != 3 or hidden.shape[1] == 1 or not isinstance(tables, tuple) or self.training:
             return None
-        cos, sin = tables
-        if cos.shape[-1] != self.head_dim or cos.dim() != 3 or not self._projections():
+        if not are_of(hidden, tables, self.head_dim) or not self.is_causal or not self._projections():
             return None
-        return may_attend(self.head_dim, hidden, cos, sin)
+        return may_attend(self.head_dim, hidden, *tables)
 
     def _is_step(self, hidden: Tensor, tables: object) -> bool:
         """Whether the kernel computes this call: one new token for each of few sequences, whole heads turned."""

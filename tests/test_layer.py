@@ -22,6 +22,7 @@ from runtime.layer import StepLayer
 from runtime.lean import StepModel
 from runtime.native import Kernel
 from runtime.native.layer import ForwardWords, LayersWords, LayerWords
+from runtime.projection import FEW_ROWS
 from runtime.session import PlannedModel
 from tests.conftest import TinyCheckpoint
 from tests.planned import greedy, left_padded, loaded, on_cpu, spec_of
@@ -31,7 +32,8 @@ INSTALLED = native.installed()
 pytestmark = pytest.mark.skipif(isinstance(INSTALLED, KernelError), reason=f"no native kernel: {INSTALLED}")
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 TOLERANCE = 1e-4
-N_LAYERS, N_PROMPT, N_GEN = 3, 5, 64
+N_LAYERS, N_GEN = 3, 64
+N_PROMPT = FEW_ROWS + 1  # of float32, which are the modules': what is counted here are steps
 
 
 @contextmanager
@@ -258,13 +260,13 @@ def test_a_weight_that_moves_and_a_part_that_is_replaced_are_noticed(tiny_checkp
         query.weight.data = 2 * query.weight.data
         attention = model.get_submodule("model.layers.1.self_attn")
         attention.o_proj = torch.nn.Sequential(attention.o_proj, torch.nn.Tanh())
-        return fed(model, tokens(8), N_PROMPT)
+        return fed(model, tokens(N_PROMPT + 3), N_PROMPT)
 
     agrees(tiny_checkpoint("qwen3"), run)
 
 
 def test_torch_alone_computes_the_same(tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, ids = tiny_checkpoint("qwen2_moe"), tokens(12)
+    folder, ids = tiny_checkpoint("qwen2_moe"), tokens(N_PROMPT + 7)
     with loaded(folder, cpu_plan(folder)) as model, counted(monkeypatch) as rows:
         whole = fed(model, ids, N_PROMPT)
         assert len(rows) == 7 * N_LAYERS
@@ -353,7 +355,7 @@ def test_layers_in_one_call_have_the_bits_and_the_cache_of_a_call_for_each(
     @torch.no_grad()
     def run(model: PreTrainedModel) -> torch.Tensor:
         cache, found = DynamicCache(config=model.config), []
-        for some in tokens(80, 2).split([N_PROMPT, *[1] * 75], dim=1):  # more than its first buffers hold
+        for some in tokens(80, 2).split([N_PROMPT, *[1] * (80 - N_PROMPT)], dim=1):  # more than its first buffers hold
             found.append(model(some, past_key_values=cache, use_cache=True).logits[:, -1:])
         layers: list[Any] = cache.layers
         held = [x for layer in layers for x in (layer.keys, layer.values)]

@@ -157,11 +157,11 @@ class Kernel:
         return self._attended(self.library.scheinfer_attend, (query, key, value, out), shape, scale, isa)
 
     def layer(self, words: LayerWords) -> None:
-        """A decoder layer for one new token of each sequence, on threads() threads; see runtime.native.layer."""
+        """A decoder layer for new tokens of each sequence, on threads() threads; see runtime.native.layer."""
         check(self.library.scheinfer_layer(ctypes.byref(words), threads()))
 
     def layers(self, words: LayersWords) -> None:
-        """All layers of such a step, and the norm after them; words.n_done tells which one an ExecutionError is of."""
+        """All layers for one new token of each, and the norm after them; words.n_done: what an ExecutionError is of."""
         check(self.library.scheinfer_layers(ctypes.byref(words), threads()))
 
     def forward(self, words: ForwardWords, n_threads: int) -> bool:
