@@ -13,7 +13,7 @@ _BY_BLOCKS, _BY_BLOCKS_OF_SMALL_TILES = 25, 9
 (runtime/native/tile.h)."""
 _BY_PANELS, _BY_PANELS_OF_PAIRS = {"float32": 48, "float16": 32, "bfloat16": 32}, 96
 """Tokens from which on AVX-512 lays weights out first; bfloat16 where it multiplies pairs (runtime/native/panel.h)."""
-_BY_TILES = 7
+_BY_TILES = 9
 """Tokens from which on AMX multiplies bfloat16 (runtime/native/amx.h)."""
 
 

@@ -29,7 +29,7 @@ from runtime.ops import gated_mlp, piece_views, routed_mlp, torch_gated_mlp, tor
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MANY = 96  # rows from which on every dtype may be summed in another order, see panel.h
-ENOUGH = 7  # from which on AMX multiplies them
+ENOUGH = 9  # from which on AMX multiplies them
 needs_compiler = pytest.mark.skipif(
     sys.platform != "linux" or not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler"
 )

@@ -13,7 +13,7 @@ namespace scheinfer {
 constexpr int64_t TOKENS_AT_ONCE = 240;  // their activations of one block of K are at most 1 MiB
 constexpr int64_t MANY_AT_ONCE = 512;    // of them
 constexpr int64_t MOST_ROWS = 64;        // of W in one item of work
-constexpr int64_t ENOUGH = 7;            // tokens from which on tiles are faster than rows, beyond steps of few
+constexpr int64_t ENOUGH = 9;            // tokens from which on tiles are faster than rows, beyond steps of few
 
 constexpr size_t LARGE_PAGE = 2 << 20;   // bytes; tiles of a prompt lie in more small pages than a core has at hand
 
