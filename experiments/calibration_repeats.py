@@ -146,7 +146,8 @@ def curves_apart(found: Sequence[Calibration]) -> pd.DataFrame:
 
 
 def _name(curve: Curve) -> str:
-    return f"{curve.resource} {curve.op} {curve.dtype}"
+    threads = f", {curve.threads} threads" if curve.resource == "CPU" and curve.op == "ffn" else ""
+    return f"{curve.resource} {curve.op} {curve.dtype}{threads}"
 
 
 def _points_apart(one: Curve, other: Curve) -> list[float]:
