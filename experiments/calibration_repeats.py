@@ -184,6 +184,8 @@ def figure(table: pd.DataFrame) -> Chart:
     kinds = [(step, how) for how in ("apart", "in turns") for step in STEPS]
     for (step, how), color, marker in zip(kinds, SERIES, MARKERS, strict=False):
         own = apart[(apart["step"] == step) & (apart["calibrations"] == how)]
+        if own.empty:
+            continue
         heights = [len(policies) - 1 - policies.index(p) + (0.15 if how == "apart" else -0.15) for p in own["policy"]]
         label = f"{step}, {how}"
         axes.plot(100 * own["difference"], heights, marker, color=color, markersize=4, linestyle="none", label=label)
