@@ -36,7 +36,7 @@ sanitize: $(STAMP)
 	CXXFLAGS='$(SANITIZED)' $(PY) hatch_build.py
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  CXXFLAGS='$(SANITIZED)' $(PY) -m pytest -q $(PYTEST_ARGS) \
-	  $(addprefix tests/test_,native.py queues.py step.py prompt.py projection.py layer.py forward.py); \
+	  $(addprefix tests/test_,native.py tiles.py queues.py step.py prompt.py prompt_layer.py projection.py layer.py forward.py); \
 	  status=$$?; $(PY) hatch_build.py && exit $$status
 
 venv: $(STAMP)
