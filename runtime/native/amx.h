@@ -19,7 +19,6 @@ alignas(64) constexpr TileShapes shapes;
 inline void written() { asm volatile("" ::: "memory"); }  // tile loads do not tell the compiler what they read
 
 inline __mmask32 first_of(int64_t n) { return n >= 32 ? ~__mmask32(0) : n > 0 ? (__mmask32(1) << n) - 1 : 0; }
-inline __mmask16 first16_of(int64_t n) { return __mmask16(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0); }
 
 // N tiles of sums, as zeros or from where they lie.
 template <int N>

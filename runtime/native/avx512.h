@@ -26,6 +26,8 @@ inline void add_up(const __m512* sum, float* out) {
   memcpy(out, four, R * sizeof(float));
 }
 
+inline __mmask16 first16_of(int64_t n) { return __mmask16(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0); }
+
 inline __m512 load16(const float* p) { return _mm512_loadu_ps(p); }
 inline __m512 load16(const Bf16* p) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

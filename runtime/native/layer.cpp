@@ -263,7 +263,7 @@ size_t lay_out(Call& call, char* memory) {
   for (char** p : wide) *p = next(S * l.width, call.bytes);
   call.query = next(S * n_query, call.bytes), call.mixed = next(S * n_query, call.bytes);
   call.key = next(S * n_key, call.bytes), call.value = next(S * n_key, call.bytes);
-  call.logits = next(S * l.n_experts, call.bytes), call.gate = next(S + l.top_k, call.bytes);
+  call.logits = next(S * l.n_experts, call.bytes), call.gate = next(S, call.bytes);
   row = row > S + n_key ? row : S + n_key;
   call.one = reinterpret_cast<float*>(next(row, 4)), call.other = reinterpret_cast<float*>(next(row, 4));
   return size_t(at);
