@@ -32,7 +32,7 @@ def attend(
     kernel = prompt.attends(query, key, value) if on_cpu and causal else None
     if kernel is not None:
         rows = query.transpose(1, 2).contiguous()
-        return kernel.attend_prompt(rows, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None
+        return kernel.attend(rows, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None
     if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
         attention_mask = prompt.lower_right(query.shape[2], key.shape[2], query.device)
     out: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0]
@@ -45,7 +45,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, scaling: float | None)
     scale = width**-0.5 if scaling is None else scaling
     kernel = native.kernel()
     if kernel is not None and native.holds(query, key, value):
-        return kernel.attend(query.reshape(batch, n_heads, width), key, value, scale)[:, :, None]
+        return kernel.attend(query.reshape(batch, 1, n_heads, width), key, value, scale).transpose(1, 2)
     n_kv = key.shape[1]
     rows = query.reshape(batch * n_kv, n_heads // n_kv, width).float()
     scores = torch.bmm(rows, key.reshape(batch * n_kv, -1, width).float().transpose(1, 2))

@@ -214,7 +214,10 @@ def _job(folder: Path | None, device: str, cpu_threads: int | None, dtype: str, 
     spec, device = Adapter.of(config, name).spec, device_name(device)
     stand_in = from_config(shrunk(config, _READ_BYTES, _STAND_IN_BYTES), name)
     check_free(_N_STAND_INS * stand_in.weight_bytes + _N_POOLS * pool_bytes(spec), f"calibrating for {name}")
-    own = replace(extent, n_tokens=beside_changes(extent.n_tokens, spec.dtype))
+    heads = spec.layers[0].attention
+    own = replace(
+        extent, n_tokens=beside_changes(extent.n_tokens, spec.dtype, heads.n_heads // max(1, heads.n_kv_heads))
+    )
     return _Job(spec, config, device, device_bytes(device), cpu_threads, _within(own, spec))
 
 

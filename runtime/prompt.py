@@ -88,6 +88,6 @@ def attend_layer(
     keys, values = (flat.view(batch, n_new, -1, width).transpose(1, 2) for flat in (key, value))
     if past is not None:
         keys, values = past.update(keys, values, layer)
-    mixed = kernel.attend_prompt(query.view(batch, n_new, -1, width), keys, values, scale)
+    mixed = kernel.attend(query.view(batch, n_new, -1, width), keys, values, scale)
     projected: Tensor = module.get_submodule("o_proj")(mixed.view(batch, n_new, -1))
     return projected

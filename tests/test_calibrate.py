@@ -72,12 +72,16 @@ def test_both_sides_of_a_change_of_kernel_are_measured(monkeypatch):
     assert beside_changes((1, 16, 64), "float32") == (1, 8, 9, 16, 64)
     assert beside_changes((1, 16, 64), "bfloat16") == (1, 8, 9, 16, 39, 40, 64)
     assert beside_changes((1, 4, 8), "bfloat16") == (1, 4, 8)
+    assert beside_changes((1, 16, 64), "float32", 1) == (1, 8, 9, 16, 64)  # keys are never packed
 
 
 def test_panels_and_tiles_are_other_kernels_and_torch_alone_has_one(monkeypatch):
     monkeypatch.setattr(native, "leaves_to_torch", lambda dtype, n_rows: False)
     monkeypatch.setattr(native, "kernel", lambda: up_to("AMX_BF16"))
     assert beside_changes((1, 64), "float32") == (1, 24, 25, 47, 48, 64)
+    assert beside_changes((1, 64), "float32", 1) == (1, 24, 25, 32, 33, 47, 48, 64)
+    assert beside_changes((1, 24), "float32", 4) == (1, 8, 9, 24)
+    assert beside_changes((1, 7), "bfloat16", 8) == (1, 2, 7)
     assert beside_changes((1, 64), "bfloat16") == (1, 8, 9, 64)
     monkeypatch.setattr(native, "kernel", lambda: up_to("AVX512_BF16"))
     assert beside_changes((1, 128), "bfloat16") == (1, 24, 25, 95, 96, 128)

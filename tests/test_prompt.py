@@ -1,4 +1,4 @@
-"""A prompt's attention by the native kernel is the plain formula's, to the same bits however the prompt is cut."""
+"""Attention by the native kernel is the plain formula's, to the same bits however a prompt is cut."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
@@ -14,6 +14,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from hwmodels.errors import KernelError
 from runtime import native, prompt
 from runtime.attention import attend
+from runtime.changes import packed_from
 from runtime.projection import FEW_ROWS, computes_prompt, is_kernels
 
 INSTALLED = native.installed()
@@ -21,6 +22,7 @@ ISAS = (
     [] if isinstance(INSTALLED, KernelError) else [isa for isa in INSTALLED.isas if isa.startswith(("AVX512", "AMX"))]
 )
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+needs_kernel = pytest.mark.skipif(isinstance(INSTALLED, KernelError), reason=str(INSTALLED))
 needs_avx512 = pytest.mark.skipif(not ISAS, reason="no native kernel with AVX-512")
 
 
@@ -58,9 +60,20 @@ def test_every_new_token_attends_over_all_before_it_and_itself(
 ) -> None:
     assert isinstance(INSTALLED, native.Kernel)
     query, key, value = drawn(n_new, n_past, group, width, value_width, dtype)
-    found = INSTALLED.attend_prompt(query, key, value, width**-0.5, isa)
+    found = INSTALLED.attend(query, key, value, width**-0.5, isa)
     exact = plainly(query, key, value, width**-0.5)
     torch.testing.assert_close(found.double(), exact, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def of_tokens(kernel: native.Kernel, drawn: list[Tensor], first: int, last: int, n_threads: int, isa: str) -> Tensor:
+    """What new tokens from one to another get that see what comes before them."""
+    query, key, value = drawn
+    n_keys = key.shape[2] - query.shape[1] + last
+    native.set_threads(n_threads)
+    try:
+        return kernel.attend(query[:, first:last].contiguous(), key[:, :, :n_keys], value[:, :, :n_keys], 0.125, isa)
+    finally:
+        native.set_threads(0)
 
 
 @needs_avx512
@@ -68,18 +81,46 @@ def test_every_new_token_attends_over_all_before_it_and_itself(
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_row_has_the_same_bits_on_any_number_of_threads_and_in_any_chunk(dtype: torch.dtype, isa: str) -> None:
     assert isinstance(INSTALLED, native.Kernel)
-    query, key, value = drawn(301, 40, 2, 64, 64, dtype)
-    whole = INSTALLED.attend_prompt(query, key, value, 0.125, isa)
-    for first, last, n_threads in ((0, 301, 1), (0, 301, 3), (0, 7, 2), (7, 250, 2), (250, 301, 2)):
-        native.set_threads(n_threads)
-        try:
-            n_keys = 40 + last
-            part = INSTALLED.attend_prompt(
-                query[:, first:last].contiguous(), key[:, :, :n_keys], value[:, :, :n_keys], 0.125, isa
-            )
-        finally:
-            native.set_threads(0)
-        assert torch.equal(part, whole[:, first:last])
+    given = drawn(301, 40, 2, 64, 64, dtype)
+    whole = INSTALLED.attend(*given, 0.125, isa)
+    for first, last, n_threads in ((0, 301, 1), (0, 301, 3), (0, 40, 2), (7, 250, 2), (250, 301, 2)):
+        assert torch.equal(of_tokens(INSTALLED, given, first, last, n_threads, isa), whole[:, first:last])
+
+
+@needs_kernel
+@settings(deadline=None, max_examples=60)
+@given(
+    n_new=st.integers(2, 8),
+    n_past=st.sampled_from([0, 1, 15, 249, 254, 255, 256, 257, 509, 700]),
+    group=st.integers(1, 4),
+    width=st.integers(1, 140),
+    value_width=st.integers(1, 140),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    isa=st.integers(0, 9),
+    n_threads=st.integers(1, 3),
+)
+def test_a_token_among_few_has_the_bits_that_it_has_alone(
+    n_new: int, n_past: int, group: int, width: int, value_width: int, dtype: torch.dtype, isa: int, n_threads: int
+) -> None:
+    assert isinstance(INSTALLED, native.Kernel)
+    given, name = drawn(n_new, n_past, group, width, value_width, dtype), INSTALLED.isas[isa % len(INSTALLED.isas)]
+    assume(name in ("portable", "AVX2") or n_new * group <= (32 if dtype == torch.float32 else 4))
+    together = of_tokens(INSTALLED, given, 0, n_new, n_threads, name)
+    for i in range(n_new):
+        assert torch.equal(of_tokens(INSTALLED, given, i, i + 1, 1, name), together[:, i : i + 1])
+
+
+@needs_avx512
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_calibration_knows_from_how_many_tokens_on_keys_are_packed(dtype: torch.dtype, group: int) -> None:
+    assert isinstance(INSTALLED, native.Kernel)
+    first = packed_from(str(dtype).removeprefix("torch."), group)
+    for n_new, is_packed in ((first - 1, False), (first, True)):
+        given = drawn(n_new, 300, group, 64, 64, dtype)
+        together = of_tokens(INSTALLED, given, 0, n_new, 1, INSTALLED.isa)
+        alone = [of_tokens(INSTALLED, given, i, i + 1, 1, INSTALLED.isa) for i in range(n_new)]
+        assert torch.equal(together, torch.cat(alone, 1)) is not is_packed
 
 
 @needs_avx512
@@ -88,22 +129,32 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
     assert isinstance(INSTALLED, native.Kernel)
     query, key, value = (100 * t for t in drawn(300, 0, 1, 64, 64, torch.float32))
     torch.testing.assert_close(
-        INSTALLED.attend_prompt(query, key, value, 1.0).double(), plainly(query, key, value, 1.0), atol=1e-3, rtol=1e-3
+        INSTALLED.attend(query, key, value, 1.0).double(), plainly(query, key, value, 1.0), atol=1e-3, rtol=1e-3
     )
 
 
 @needs_avx512
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("isa", ISAS)
-def test_what_is_not_a_number_stays_so_and_in_its_row(dtype: torch.dtype, isa: str) -> None:
+@pytest.mark.parametrize("n_new", [7, 70])
+def test_what_is_not_a_number_stays_so_and_in_its_row(dtype: torch.dtype, isa: str, n_new: int) -> None:
     assert isinstance(INSTALLED, native.Kernel)
-    query, key, value = drawn(70, 200, 2, 64, 64, dtype)
-    query[0, 50, 1] = torch.nan  # one head's
-    key[1, 1, 230] = torch.nan  # of its group all queries that see it
-    wrong = INSTALLED.attend_prompt(query, key, value, 0.125, isa).isnan().all(-1)
-    expected = torch.zeros(2, 70, 4, dtype=torch.bool)
-    expected[0, 50, 1] = expected[1, 30:, 2:] = True
+    query, key, value = drawn(n_new, 200, 2, 64, 64, dtype)
+    middle = n_new // 2
+    query[0, middle + 2, 1] = torch.nan  # one head's
+    key[1, 1, 200 + middle] = torch.nan  # of its group all queries that see it
+    wrong = INSTALLED.attend(query, key, value, 0.125, isa).isnan().all(-1)
+    expected = torch.zeros(2, n_new, 4, dtype=torch.bool)
+    expected[0, middle + 2, 1] = expected[1, middle:, 2:] = True
     assert torch.equal(wrong, expected)
+
+
+@needs_kernel
+def test_what_a_later_token_holds_does_not_reach_those_before_it_in_a_step_of_few() -> None:
+    assert isinstance(INSTALLED, native.Kernel)
+    query, key, value = drawn(5, 20, 2, 64, 64, torch.float32)
+    value[0, 1, 22] = torch.inf
+    assert INSTALLED.attend(query, key, value, 0.125).isfinite().all(-1)[0, :2].all()
 
 
 @pytest.mark.parametrize("kernel", ["auto", "torch"])

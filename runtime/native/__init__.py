@@ -13,7 +13,7 @@ import ctypes
 import os
 import threading
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,9 +30,9 @@ LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16", "AMX_BF16")
 """Instruction sets that the kernel is compiled for, the best last."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE, _NOT_OURS = 14, 3
+_INTERFACE, _NOT_OURS = 15, 3
 MOST_WIDTH = 256
-"""Of a head in attend_prompt."""
+"""Of a head in a prompt's attention."""
 _AMX_ROWS = 32  # as many as AMX computes in the time of one
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SILU, _GELU_TANH, _GELU_ERF = range(3)
@@ -64,7 +64,7 @@ class Kernel:
 
     @property
     def attends_prompts(self) -> bool:
-        """Whether attend_prompt is there."""
+        """Whether attend is made for many tokens, too."""
         return self.isa in ("AVX512", "AVX512_BF16", "AMX_BF16")
 
     @property
@@ -145,16 +145,21 @@ class Kernel:
         check(self.library.scheinfer_turn(*pointers, n_rows, n_heads, width, stride, code, best, threads()))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, isa: str | None = None) -> Tensor:
-        """One query per head over all keys, sums in float32: [B, H, Dv].
+        """Causal attention of the last S of T tokens, sums in float32: [B, S, H, Dv].
 
-        query [B, H, D] contiguous; key [B, K, T, D] and value [B, K, T, Dv] with contiguous rows; H / K query
-        heads in a row share a KV head.
+        query [B, S, H, D] contiguous; key [B, K, T, D] and value [B, K, T, Dv] with contiguous rows; H / K query heads
+        in a row share a KV head. A row is the same to the last bit whatever other rows are computed, but that many
+        queries of a KV head are summed in another order: more than 4 to 32, by dtype and instruction set.
         """
-        batch, n_kv, n_past, width = key.shape
-        group = query.shape[1] // n_kv
-        out = query.new_empty((batch, query.shape[1], value.shape[-1]))
-        shape = array("q", (batch, n_kv, group, n_past, width, value.shape[-1], *key.stride()[:3], *value.stride()[:3]))
-        return self._attended(self.library.scheinfer_attend, (query, key, value, out), shape, scale, isa)
+        batch, n_new, n_heads, width = query.shape
+        _, n_kv, n_keys, _ = key.shape
+        out = query.new_empty((batch, n_new, n_heads, value.shape[-1]))
+        sizes = (batch, n_new, n_heads, n_kv, n_keys, width, value.shape[-1])
+        shape = array("q", (*sizes, *key.stride()[:3], *value.stride()[:3]))
+        pointers = (tensor.data_ptr() for tensor in (query, key, value, out))
+        code, best = _DTYPES[query.dtype], ISAS.index(isa or self.isa)
+        check(self.library.scheinfer_attend(*pointers, shape.buffer_info()[0], scale, code, best, threads()))
+        return out
 
     def layer(self, words: LayerWords) -> None:
         """A decoder layer for new tokens of each sequence, on threads() threads; see runtime.native.layer."""
@@ -168,28 +173,6 @@ class Kernel:
         """A whole step; False, and nothing done, if it is not this call's. words.n_parts tells what an error is of."""
         check((failed := int(self.library.scheinfer_forward(ctypes.byref(words), n_threads))) % _NOT_OURS)
         return failed == 0
-
-    def attend_prompt(self, query: Tensor, key: Tensor, value: Tensor, scale: float, isa: str | None = None) -> Tensor:
-        """Causal attention of the last S of T tokens, sums in float32: [B, S, H, Dv].
-
-        query [B, S, H, D] contiguous; key [B, K, T, D] and value [B, K, T, Dv] as for attend. A row is the same to
-        the last bit whatever other rows are computed. Widths up to MOST_WIDTH.
-        """
-        batch, n_new, n_heads, _ = query.shape
-        _, n_kv, n_keys, width = key.shape
-        out = query.new_empty((batch, n_new, n_heads, value.shape[-1]))
-        sizes = (batch, n_new, n_heads, n_kv, n_keys, width, value.shape[-1])
-        shape = array("q", (*sizes, *key.stride()[:3], *value.stride()[:3]))
-        return self._attended(self.library.scheinfer_attend_prompt, (query, key, value, out), shape, scale, isa)
-
-    def _attended(
-        self, function: Callable[..., int], tensors: Sequence[Tensor], shape: array[int], scale: float, isa: str | None
-    ) -> Tensor:
-        """The last of the tensors, once the function has written it."""
-        pointers = (tensor.data_ptr() for tensor in tensors)
-        code, best = _DTYPES[tensors[0].dtype], ISAS.index(isa or self.isa)
-        check(function(*pointers, shape.buffer_info()[0], scale, code, best, threads()))
-        return tensors[-1]
 
     def read(self, flat: Tensor) -> None:
         """Read a tensor's memory and do nothing else, on threads() threads: what bounds mlp at one token."""

@@ -255,7 +255,7 @@ const Kernels* amx_bf16_kernels(int dtype) {
     Kernels k = *avx512_bf16_kernels(BF16);
     k.tiles = &tiles;
     k.pack_keys = pack_keys_as_tiles, k.pack_values = pack_values_as_tiles;
-    k.attend_rows = attend_by_tiles, k.attends_at_once = SIDE;
+    k.attend_rows = attend_by_tiles, k.attends_at_once = SIDE, k.few_queries = 4;
     return k;
   }();
   return dtype == BF16 ? &found : avx512_kernels(dtype);

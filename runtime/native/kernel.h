@@ -29,6 +29,14 @@ struct Past {
   float scale;
 };
 
+// A query of one head over keys that lie as they are: how many of them it sees, at least one and at most PAST_AT_ONCE;
+// room for the sum of exp(score - top) * value, and for top and the sum of exp(score - top).
+struct Seeing {
+  const float* query;
+  int64_t n;
+  float *mixed, *top_and_sum;
+};
+
 // One KV head's keys and values, packed in blocks; bytes of a block of each, and of 64 columns of values.
 struct Blocks {
   const char *keys, *values;
@@ -97,8 +105,7 @@ struct Kernels {
   void (*norm_row)(const void* from, const void* weight, int64_t n, float eps, void* to);
   void (*add_row)(const void* one, const void* other, int64_t n, void* to);
   void (*turn_row)(void* values, const void* cosine, const void* sine, int64_t n);
-  void (*attend_row)(const float* query, const void* keys, const void* values, int64_t n, const Past& past,
-                     float* mixed, float* top_and_sum);
+  void (*attend_few)(const Seeing* rows, int64_t n_rows, const void* keys, const void* values, const Past& past);
   int activation_bytes;
   // What dots computes, of many tokens; sums are in another order. Null where dots is as fast.
   decltype(dots) dots_of_many = nullptr;
@@ -106,6 +113,7 @@ struct Kernels {
   const TileKernels* tiles = nullptr;  // of many tokens, too; null where the instruction set has none
   // A prompt's attention; null without AVX-512. Blocks of keys and values, up to so many neighbouring queries of a head.
   int attends_at_once = 6;
+  int64_t few_queries = 0;  // of a KV head, in several tokens, that are as fast over keys as they lie
   void (*pack_keys)(const void* keys, int64_t n_keys, const Past& past, void* panel) = nullptr;
   void (*pack_values)(const void* values, int64_t n_keys, const Past& past, void* panel) = nullptr;
   void (*attend_rows)(int n, const Blocks& blocks, const void* const* queries, int64_t position, const Past& past,

@@ -64,7 +64,6 @@ def declare(library: ctypes.CDLL) -> None:
     library.scheinfer_layer.argtypes = [ctypes.POINTER(LayerWords), ctypes.c_int]
     library.scheinfer_layers.argtypes = [ctypes.POINTER(LayersWords), ctypes.c_int]
     library.scheinfer_forward.argtypes = [ctypes.POINTER(ForwardWords), ctypes.c_int]
-    library.scheinfer_attend_prompt.argtypes = [*[pointer] * 5, ctypes.c_double, *[ctypes.c_int] * 3]
     library.scheinfer_read.argtypes = [pointer, number, ctypes.c_int]
     library.scheinfer_copy.argtypes = [pointer, number, ctypes.c_double, number]
     library.scheinfer_copy.restype = None

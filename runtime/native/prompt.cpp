@@ -58,35 +58,31 @@ void attend_some(void* context, int64_t index) {
 }
 
 }  // namespace
-}  // namespace scheinfer
 
-using namespace scheinfer;
-
-// out [B, S, H, value_width] of query [B, S, H, key_width] over n_keys keys and values, of which the last S are the
-// queries' own. shape: B, S, H, KV heads, n_keys, key_width, value_width, then strides in elements of batch, head and row
-// of key and value. 0, or 1 without memory, 2 where the instruction set has no such attention, or not of such a width.
-extern "C" int scheinfer_attend_prompt(const void* query, const void* key, const void* value, void* out,
-                                       const int64_t* shape, double scale, int dtype, int isa, int n_threads) {
-  static thread_local Aligned memory;
-  try {
-    const Kernels* k = kernels(isa, dtype);
-    if (!k || !k->attend_rows || shape[5] > MOST_WIDTH || shape[6] > MOST_WIDTH) return 2;
-    const int64_t batch = shape[0], heads = shape[2], n_kv = shape[3], bytes = dtype == F32 ? 4 : 2;
-    const int64_t key_at[2] = {shape[7] * bytes, shape[8] * bytes}, value_at[2] = {shape[10] * bytes, shape[11] * bytes};
-    const int64_t size = k->activation_bytes, panel_bytes = BLOCK_KEYS * BLOCK_KEYS * size;
-    const Past past{shape[5], shape[6], shape[9], shape[12], float(scale)};
-    const Blocks sizes{nullptr, nullptr, BLOCK_KEYS * up_to(past.key_width, PAD) * size,
-                       up_to(past.value_width, BLOCK_KEYS) / BLOCK_KEYS * panel_bytes, panel_bytes};
-    Attention a{k, static_cast<const char*>(query), static_cast<const char*>(key), static_cast<const char*>(value),
-                static_cast<char*>(out), nullptr, nullptr, shape[1], shape[4], heads / n_kv, heads, n_kv, bytes, key_at,
-                value_at, past, sizes};
-    const int64_t n_packed = batch * n_kv * n_blocks(a);
-    a.keys = memory.at_least(size_t(n_packed * (sizes.key_bytes + sizes.value_bytes)));
-    a.values = a.keys + n_packed * sizes.key_bytes;
-    parallel(n_threads, n_packed, pack_block, &a);
-    parallel(n_threads, batch * heads * n_items(a), attend_some, &a);
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
+bool are_many_queries(const Kernels* k, const int64_t* shape) {
+  const int64_t n_new = shape[1], group = shape[2] / shape[3];
+  const bool fits = k->attend_rows && shape[5] <= MOST_WIDTH && shape[6] <= MOST_WIDTH;
+  return fits && n_new > 1 && n_new * group > k->few_queries;
 }
+
+int attend_prompt(const Kernels* k, const void* query, const void* key, const void* value, void* out,
+                  const int64_t* shape, double scale, int dtype, int n_threads) {
+  static thread_local Aligned memory;
+  const int64_t batch = shape[0], heads = shape[2], n_kv = shape[3], bytes = dtype == F32 ? 4 : 2;
+  const int64_t key_at[2] = {shape[7] * bytes, shape[8] * bytes}, value_at[2] = {shape[10] * bytes, shape[11] * bytes};
+  const int64_t size = k->activation_bytes, panel_bytes = BLOCK_KEYS * BLOCK_KEYS * size;
+  const Past past{shape[5], shape[6], shape[9], shape[12], float(scale)};
+  const Blocks sizes{nullptr, nullptr, BLOCK_KEYS * up_to(past.key_width, PAD) * size,
+                     up_to(past.value_width, BLOCK_KEYS) / BLOCK_KEYS * panel_bytes, panel_bytes};
+  Attention a{k, static_cast<const char*>(query), static_cast<const char*>(key), static_cast<const char*>(value),
+              static_cast<char*>(out), nullptr, nullptr, shape[1], shape[4], heads / n_kv, heads, n_kv, bytes, key_at,
+              value_at, past, sizes};
+  const int64_t n_packed = batch * n_kv * n_blocks(a);
+  a.keys = memory.at_least(size_t(n_packed * (sizes.key_bytes + sizes.value_bytes)));
+  a.values = a.keys + n_packed * sizes.key_bytes;
+  parallel(n_threads, n_packed, pack_block, &a);
+  parallel(n_threads, batch * heads * n_items(a), attend_some, &a);
+  return 0;
+}
+
+}  // namespace scheinfer

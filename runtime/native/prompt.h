@@ -209,6 +209,7 @@ template <class T>
 const Kernels* prompt_kernels_of() {
   static const Kernels found = [] {
     Kernels k = *kernels_of<T>();
+    k.few_queries = sizeof(typename T::Weight) == 4 ? 32 : sizeof(typename T::Input) == 4 ? 12 : 8;
     k.pack_keys = pack_keys<T>, k.pack_values = pack_values<T>, k.attend_rows = attend_rows<T, 6>;
     return k;
   }();

@@ -11,31 +11,43 @@ struct Attention {
   const Kernels* k;
   const char *key, *value;
   char* out;
-  int64_t n_past, group, n_chunks, bytes;
-  const int64_t *key_at, *value_at;  // bytes from the beginning, by KV head of a sequence
+  int64_t n_new, n_keys, n_heads, n_kv, group, n_chunks, bytes;
+  const int64_t *key_at, *value_at;  // strides in bytes of batch and head
   Past past;
-  float *wide, *mixed, *tops;  // queries; results by query and chunk
+  float *wide, *mixed, *tops;  // queries [B, S, H]; results by query and chunk
 };
 
-// A KV head's queries over one chunk of its past. Chunks are the same for any number of threads, so results are, too.
+// Keys that a query sees of those from one on: all before its own token, and its own.
+int64_t seen(const Attention& a, int64_t token, int64_t first) { return a.n_keys - a.n_new + token + 1 - first; }
+
+// A KV head's queries of all new tokens over one chunk of its keys. Chunks are the same for any number of threads, so
+// results are, too.
 void attend_chunk(void* context, int64_t index) {
   const Attention& a = *static_cast<const Attention*>(context);
   const int64_t head = index / a.n_chunks, chunk = index % a.n_chunks, first = chunk * PAST_AT_ONCE;
-  const int64_t n = a.n_past - first < PAST_AT_ONCE ? a.n_past - first : PAST_AT_ONCE;
-  const char* keys = a.key + a.key_at[head] + first * a.past.key_stride * a.bytes;
-  const char* values = a.value + a.value_at[head] + first * a.past.value_stride * a.bytes;
-  for (int64_t g = head * a.group; g < (head + 1) * a.group; g++) {
-    const int64_t at = g * a.n_chunks + chunk;
-    a.k->attend_row(a.wide + g * a.past.key_width, keys, values, n, a.past, a.mixed + at * a.past.value_width,
-                    a.tops + 2 * at);
+  const int64_t b = head / a.n_kv, kv = head % a.n_kv;
+  const char* keys = a.key + b * a.key_at[0] + kv * a.key_at[1] + first * a.past.key_stride * a.bytes;
+  const char* values = a.value + b * a.value_at[0] + kv * a.value_at[1] + first * a.past.value_stride * a.bytes;
+  constexpr int64_t AT_ONCE = 32;
+  Seeing rows[AT_ONCE];
+  int64_t n_rows = 0;
+  for (int64_t s = 0; s < a.n_new; s++) {
+    const int64_t n = seen(a, s, first) < PAST_AT_ONCE ? seen(a, s, first) : PAST_AT_ONCE;
+    for (int64_t g = 0; g < a.group && n > 0; g++) {
+      const int64_t query = (b * a.n_new + s) * a.n_heads + kv * a.group + g, at = query * a.n_chunks + chunk;
+      rows[n_rows++] = {a.wide + query * a.past.key_width, n, a.mixed + at * a.past.value_width, a.tops + 2 * at};
+      if (n_rows == AT_ONCE) a.k->attend_few(rows, n_rows, keys, values, a.past), n_rows = 0;
+    }
   }
+  a.k->attend_few(rows, n_rows, keys, values, a.past);
 }
 
-void join_chunks(const Attention& a, int64_t g) {
-  float *mixed = a.mixed + g * a.n_chunks * a.past.value_width, *tops = a.tops + 2 * g * a.n_chunks;
+void join_chunks(const Attention& a, int64_t query) {
+  float *mixed = a.mixed + query * a.n_chunks * a.past.value_width, *tops = a.tops + 2 * query * a.n_chunks;
+  const int64_t n_chunks = (seen(a, query / a.n_heads % a.n_new, 0) + PAST_AT_ONCE - 1) / PAST_AT_ONCE;
   float top = tops[0], sum = 0.0f;
-  for (int64_t c = 1; c < a.n_chunks; c++) top = tops[2 * c] > top ? tops[2 * c] : top;
-  for (int64_t c = 0; c < a.n_chunks; c++) {
+  for (int64_t c = 1; c < n_chunks; c++) top = tops[2 * c] > top ? tops[2 * c] : top;
+  for (int64_t c = 0; c < n_chunks; c++) {
     const float scale = expf(tops[2 * c] - top);
     sum += scale * tops[2 * c + 1];
     float* part = mixed + c * a.past.value_width;
@@ -43,7 +55,7 @@ void join_chunks(const Attention& a, int64_t g) {
       mixed[d] = c ? mixed[d] + scale * part[d] : scale * part[d];
   }
   for (int64_t d = 0; d < a.past.value_width; d++) mixed[d] /= sum;
-  a.k->store_row(mixed, a.past.value_width, a.out + g * a.past.value_width * a.bytes);
+  a.k->store_row(mixed, a.past.value_width, a.out + query * a.past.value_width * a.bytes);
 }
 
 }  // namespace
@@ -92,31 +104,30 @@ int scheinfer_turn(void* x, const void* cosine, const void* sine, int64_t S, int
   return 0;
 }
 
-// query [B * K, group, key_width] over keys and values of n_past rows each, whose heads begin at strides; see Attention.
-// shape: B, K, group, n_past, key_width, value_width, then strides in elements of batch, head and row of key and value.
+// out [B, S, H, value_width] of query [B, S, H, key_width] over n_keys keys and values, of which the last S are the
+// queries' own. shape: B, S, H, KV heads, n_keys, key_width, value_width, then strides in elements of batch, head and row
+// of key and value. 0, or 1 without memory, 2 without that instruction set. Few queries read keys and values as they
+// lie; of many, all are packed first.
 int scheinfer_attend(const void* query, const void* key, const void* value, void* out, const int64_t* shape,
                      double scale, int dtype, int isa, int n_threads) {
   static thread_local Aligned memory;
   try {
     const Kernels* k = kernels(isa, dtype);
     if (!k) return 2;
-    const int64_t batch = shape[0], heads = shape[1], group = shape[2], n_past = shape[3], bytes = dtype == F32 ? 4 : 2;
-    const int64_t n = batch * heads * group, n_chunks = (n_past + PAST_AT_ONCE - 1) / PAST_AT_ONCE;
-    std::vector<int64_t> key_at, value_at;
-    for (int64_t i = 0; i < batch * heads; i++) {
-      key_at.push_back((i / heads * shape[6] + i % heads * shape[7]) * bytes);
-      value_at.push_back((i / heads * shape[9] + i % heads * shape[10]) * bytes);
-    }
-    const Past past{shape[4], shape[5], shape[8], shape[11], float(scale)};
+    if (are_many_queries(k, shape)) return attend_prompt(k, query, key, value, out, shape, scale, dtype, n_threads);
+    const int64_t n_kv = shape[3], n_keys = shape[4], bytes = dtype == F32 ? 4 : 2;
+    const int64_t n = shape[0] * shape[1] * shape[2], n_chunks = (n_keys + PAST_AT_ONCE - 1) / PAST_AT_ONCE;
+    const int64_t key_at[2] = {shape[7] * bytes, shape[8] * bytes}, value_at[2] = {shape[10] * bytes, shape[11] * bytes};
+    const Past past{shape[5], shape[6], shape[9], shape[12], float(scale)};
     const size_t n_wide = size_t(n * past.key_width + PAD), n_mixed = size_t(n * n_chunks * past.value_width);
     float* room = reinterpret_cast<float*>(
         memory.at_least((n_wide + n_mixed + size_t(2 * n * n_chunks)) * sizeof(float)));
     k->widen_row(query, n * past.key_width, room);
-    Attention a{k, static_cast<const char*>(key), static_cast<const char*>(value),
-                static_cast<char*>(out), n_past, group, n_chunks, bytes, key_at.data(), value_at.data(), past,
+    Attention a{k, static_cast<const char*>(key), static_cast<const char*>(value), static_cast<char*>(out), shape[1],
+                n_keys, shape[2], n_kv, shape[2] / n_kv, n_chunks, bytes, key_at, value_at, past,
                 room, room + n_wide, room + n_wide + n_mixed};
-    parallel(n_threads, batch * heads * n_chunks, attend_chunk, &a);
-    for (int64_t g = 0; g < n; g++) join_chunks(a, g);
+    parallel(n_threads, shape[0] * n_kv * n_chunks, attend_chunk, &a);
+    for_rows(n_threads, n, n_chunks * past.value_width, [&](int64_t query) { join_chunks(a, query); });
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

@@ -1,6 +1,8 @@
 // Rows of a step of few tokens, compiled once per instruction set as tile.h is: norms, rotations, attention's past.
 #pragma once
 
+#include <type_traits>
+
 #include "tile.h"
 
 namespace scheinfer {
@@ -8,6 +10,12 @@ namespace {
 
 typedef float Lanes __attribute__((vector_size(64)));
 constexpr int64_t LANES = 16;
+
+inline Lanes lanes_of(const float* p) {
+  Lanes v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
 
 template <class Element>
 inline Lanes lanes_of(const Element* p) {
@@ -24,6 +32,14 @@ inline Lanes lanes_of(const Bf16* p) {
   Narrow raw;
   memcpy(&raw, p, sizeof(raw));
   return bits<Lanes>(__builtin_convertvector(raw, Wide) << 16);
+}
+
+// The first n of LANES, then zeros.
+template <class Element>
+inline Lanes first_lanes_of(const Element* p, int64_t n) {
+  Element some[LANES] = {};
+  memcpy(some, p, size_t(n) * sizeof(Element));
+  return lanes_of(some);
 }
 
 inline float total(Lanes v) {  // halves of vectors, not one lane after the other
@@ -90,42 +106,111 @@ void turn_row(void* values, const void* cosine, const void* sine, int64_t n) {
   }
 }
 
-// One query over n keys and values: mixed = sum of exp(score - top) * value, sum and top beside it.
-template <class Element>
-void attend_row(const float* query, const void* keys, const void* values, int64_t n, const Past& past, float* mixed,
-                float* top_and_sum) {
-  const auto *k = static_cast<const Element*>(keys), *v = static_cast<const Element*>(values);
-  float scores[PAST_AT_ONCE], top = -INFINITY, sum = 0.0f;
-  for (int64_t t = 0; t < n; t++) {
-    scores[t] = dot(query, k + t * past.key_stride, past.key_width) * past.scale;
-    top = scores[t] > top ? scores[t] : top;
+#ifdef __AVX512F__
+constexpr int TOGETHER = 4;  // queries whose sums fit into registers
+#else
+constexpr int TOGETHER = 2;
+#endif
+
+// Q queries' scores of n keys: each key is read once.
+template <class Element, int Q>
+void score_keys(const float* const* queries, const Element* keys, int64_t from, int64_t n, const Past& past,
+                float (*scores)[PAST_AT_ONCE]) {
+  const int64_t whole = past.key_width / LANES * LANES, rest = past.key_width - whole;
+  for (int64_t t = from; t < n; t++) {
+    const Element* k = keys + t * past.key_stride;
+    Lanes sum[Q] = {};
+    for (int64_t i = 0; i < whole; i += LANES) {
+      const Lanes lanes = lanes_of(k + i);
+      for (int q = 0; q < Q; q++) sum[q] += lanes_of(queries[q] + i) * lanes;
+    }
+    if (rest) {
+      const Lanes lanes = first_lanes_of(k + whole, rest);
+      for (int q = 0; q < Q; q++) sum[q] += first_lanes_of(queries[q] + whole, rest) * lanes;
+    }
+    for (int q = 0; q < Q; q++) scores[q][t] = total(sum[q]) * past.scale;
   }
-  for (int64_t t = 0; t < n; t++) scores[t] = exp_of(scores[t] - top);
-  for (int64_t t = 0; t < n; t++) sum += scores[t];
+}
+
+// mixed[q] = or, of later keys, += sum over keys of score * value; each value is read once.
+template <class Element, int Q>
+void mix_values(const float (*scores)[PAST_AT_ONCE], const Element* values, int64_t from, int64_t n, const Past& past,
+                float* const* mixed) {
+  constexpr int64_t SUMS = 2 * TOGETHER / Q;  // each waits for its own last addition alone
+  const auto some = [&](auto sums, int64_t d) {
+    constexpr int64_t N = decltype(sums)::value;
+    Lanes part[Q][N] = {};
+    for (int q = 0; q < Q && from; q++) memcpy(part[q], mixed[q] + d, sizeof(part[q]));
+    for (int64_t t = from; t < n; t++)
+      for (int64_t i = 0; i < N; i++) {
+        const Lanes lanes = lanes_of(values + t * past.value_stride + d + i * LANES);
+        for (int q = 0; q < Q; q++) part[q][i] += scores[q][t] * lanes;
+      }
+    for (int q = 0; q < Q; q++) memcpy(mixed[q] + d, part[q], sizeof(part[q]));
+  };
   int64_t d = 0;
-  constexpr int64_t SUMS = 4;  // each waits for its own last addition alone
-  for (; d + SUMS * LANES <= past.value_width; d += SUMS * LANES) {
-    Lanes part[SUMS] = {};
-    for (int64_t t = 0; t < n; t++)
-      for (int64_t i = 0; i < SUMS; i++) part[i] += scores[t] * lanes_of(v + t * past.value_stride + d + i * LANES);
-    memcpy(mixed + d, part, sizeof(part));
-  }
-  for (; d + LANES <= past.value_width; d += LANES) {
-    Lanes part = {};
-    for (int64_t t = 0; t < n; t++) part += scores[t] * lanes_of(v + t * past.value_stride + d);
-    memcpy(mixed + d, &part, sizeof(part));
-  }
-  for (; d < past.value_width; d++) {
-    mixed[d] = 0.0f;
-    for (int64_t t = 0; t < n; t++) mixed[d] += scores[t] * widen(v[t * past.value_stride + d]);
-  }
+  for (; d + SUMS * LANES <= past.value_width; d += SUMS * LANES) some(std::integral_constant<int64_t, SUMS>(), d);
+  for (; d + LANES <= past.value_width; d += LANES) some(std::integral_constant<int64_t, 1>(), d);
+  if (const int64_t rest = past.value_width - d)
+    for (int q = 0; q < Q; q++) {
+      Lanes part = from ? first_lanes_of(mixed[q] + d, rest) : Lanes{};
+      for (int64_t t = from; t < n; t++) part += scores[q][t] * first_lanes_of(values + t * past.value_stride + d, rest);
+      memcpy(mixed[q] + d, &part, size_t(rest) * sizeof(float));
+    }
+}
+
+// Powers of n scores relative to the highest of them; that and their sum.
+inline void soften_scores(float* scores, int64_t n, float* top_and_sum) {
+  const int64_t whole = n / LANES * LANES;
+  float tops[LANES], top = -INFINITY;
+  for (float& v : tops) v = -INFINITY;
+  for (int64_t t = 0; t < whole; t += LANES)
+    for (int64_t i = 0; i < LANES; i++) tops[i] = scores[t + i] > tops[i] ? scores[t + i] : tops[i];
+  for (const float v : tops) top = v > top ? v : top;
+  for (int64_t t = whole; t < n; t++) top = scores[t] > top ? scores[t] : top;
+  for (int64_t t = 0; t < n; t++) scores[t] = exp_of(scores[t] - top);
+  Lanes sums = {};
+  for (int64_t t = 0; t < whole; t += LANES) sums += lanes_of(scores + t);
+  float sum = total(sums);
+  for (int64_t t = whole; t < n; t++) sum += scores[t];
   top_and_sum[0] = top, top_and_sum[1] = sum;
+}
+
+// Q queries; what all of them see together, then what each sees alone: a row's sums are the same beside any others.
+template <class Element, int Q>
+void attend_together(const Seeing* rows, const Element* keys, const Element* values, const Past& past) {
+  float scores[Q][PAST_AT_ONCE];
+  const float* queries[Q];
+  float* mixed[Q];
+  int64_t common = rows[0].n;
+  for (int q = 0; q < Q; q++) {
+    queries[q] = rows[q].query, mixed[q] = rows[q].mixed;
+    common = rows[q].n < common ? rows[q].n : common;
+  }
+  score_keys<Element, Q>(queries, keys, 0, common, past, scores);
+  for (int q = 0; q < Q; q++) {
+    score_keys<Element, 1>(queries + q, keys, common, rows[q].n, past, scores + q);
+    soften_scores(scores[q], rows[q].n, rows[q].top_and_sum);
+  }
+  mix_values<Element, Q>(scores, values, 0, common, past, mixed);
+  for (int q = 0; q < Q; q++)
+    if (rows[q].n > common) mix_values<Element, 1>(scores + q, values, common, rows[q].n, past, mixed + q);
+}
+
+// Queries over keys and values of which each sees as many as it says.
+template <class Element>
+void attend_few(const Seeing* rows, int64_t n_rows, const void* keys, const void* values, const Past& past) {
+  const auto *k = static_cast<const Element*>(keys), *v = static_cast<const Element*>(values);
+  int64_t i = 0;
+  for (; i + TOGETHER <= n_rows; i += TOGETHER) attend_together<Element, TOGETHER>(rows + i, k, v, past);
+  for (; TOGETHER > 2 && i + 2 <= n_rows; i += 2) attend_together<Element, 2>(rows + i, k, v, past);
+  for (; i < n_rows; i++) attend_together<Element, 1>(rows + i, k, v, past);
 }
 
 template <class T>
 const Kernels* kernels_of() {
   static const Kernels found = {dots<T>, load_row<T>, activate<T>, store_row<T>, widen_row<T>, norm_row<typename T::Weight>,
-                                add_row<typename T::Weight>, turn_row<typename T::Weight>, attend_row<typename T::Weight>,
+                                add_row<typename T::Weight>, turn_row<typename T::Weight>, attend_few<typename T::Weight>,
                                 int(sizeof(typename T::Input))};
   return &found;
 }
