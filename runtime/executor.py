@@ -200,6 +200,10 @@ class Executor:
             raise ExecutionError(f"task {attn.id} failed on CPU: {error}") from error
         step.layers, step.since = LayerRuns(step.compiler.step, since, runs), runs[-1].end_ns
 
+    def most_tokens(self, batch: int) -> int:
+        """Tokens that the plan has room for in the KV cache of each of so many sequences."""
+        return self.plan.n_ctx * self.plan.batch // batch
+
     def enter_head(self, hidden: Tensor) -> Tensor:
         """The layers have ended; their output, carried to where the head lives."""
         step = self._current()

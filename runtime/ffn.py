@@ -95,7 +95,7 @@ def _begin_step(executor: Executor, names: Sequence[str]) -> Callable[[nn.Module
             raise ExecutionError("the model was called with neither input_ids nor inputs_embeds")
         batch, n_new = rows.shape[:2]
         cache = given.get("past_key_values")
-        grow_in_place(cache)
+        grow_in_place(cache, executor.most_tokens(batch))
         depth = int(cache.get_seq_length()) if cache is not None else 0
         # Asked of prompts that the kernel may compute alone: reading a mask would wait for a GPU.
         masked = n_new > 1 and executor.knows_attention and _masked(module, given.get("attention_mask"), depth + n_new)

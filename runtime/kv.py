@@ -57,6 +57,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     keys and values are asked for: the kernel needs none.
     """
 
+    most_tokens: int = 0
+    """Tokens of a sequence that are planned for; 0 if that is not known."""
     _room: Room | None = None
     _n_unseen: int = 0
     """Tokens held, where no view of them has been made; else 0."""
@@ -164,7 +166,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return same and self.get_seq_length() == room.n_written and room.takes(n_tokens)
 
     def _moved(self, key_states: Tensor, value_states: Tensor, n_past: int, n_tokens: int) -> Room:
-        n_room = n_tokens + max(_LEAST_ROOM, n_tokens // 8)
+        # As much again: a prompt in chunks or a long answer copies tokens once or twice. What is not written takes no
+        # memory of the CPU, and of a device what is planned for.
+        most = min(n_tokens, self.most_tokens - n_tokens) if self.most_tokens else n_tokens // 8
+        n_room = n_tokens + max(_LEAST_ROOM, most)
         buffers: list[Tensor] = []
         for held, new in ((self.keys, key_states), (self.values, value_states)):
             buffer = new.new_empty((*new.shape[:2], n_room, new.shape[-1]))
@@ -174,9 +179,13 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return Room(buffers[0], buffers[1], n_past)
 
 
-def grow_in_place(cache: object) -> None:
-    """Let a cache's layers on the CPU grow in place; sliding windows, quantised layers and other devices stay."""
+def grow_in_place(cache: object, most_tokens: int = 0) -> None:
+    """Let a cache's layers on the CPU grow in place; sliding windows, quantised layers and other devices stay.
+
+    most_tokens: of a sequence, that are planned for; 0 if that is not known.
+    """
     if isinstance(cache, Cache) and not torch.is_grad_enabled():
         for layer in cache.layers:
             if type(layer) is DynamicLayer and (not layer.is_initialized or layer.device.type == "cpu"):
                 layer.__class__ = GrowingLayer
+                layer.most_tokens = most_tokens

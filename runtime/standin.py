@@ -24,6 +24,7 @@ from hwmodels.calibrate import handoffs, samples, slowness_of
 from hwmodels.profile import Curve, Resource
 from hwmodels.work import Op, Work, activations
 from runtime.devices import open_device
+from runtime.kv import grow_in_place
 from runtime.rounds import Case, Effort, Measuring, flat, in_rounds
 from runtime.session import PlannedModel
 from runtime.synthetic import random_model, uniform_plan
@@ -201,6 +202,8 @@ def _cache(model: PlannedModel, n_tokens: int) -> DynamicCache:
     cache, executor = DynamicCache(config=model.config), model.executor
     if n_tokens and any(layer.attention.absorbed_pair_flops is not None for layer in executor.spec.layers):
         return _continued(model, cache, n_tokens)
+    with torch.no_grad():
+        grow_in_place(cache, 2 * executor.most_tokens(1))  # no pass copies what it goes on from
     for i, layer in enumerate(executor.spec.layers if n_tokens else ()):
         here = executor.device.torch_device if executor.plan.layers[i].rest == "GPU" else torch.device("cpu")
         shape = (1, layer.attention.n_kv_heads, n_tokens, layer.attention.head_dim)

@@ -158,6 +158,20 @@ def test_a_token_appended_moves_no_other() -> None:
     assert cache.layers[0].keys.data_ptr() == place
 
 
+@torch.no_grad()
+def test_a_cache_moves_its_tokens_twice_at_most_on_the_way_to_what_is_planned_and_asks_for_no_more() -> None:
+    cache = DynamicCache()
+    cache.update(*torch.randn(2, 1, 2, 100, 8), 0)
+    grow_in_place(cache, 700)
+    places, n_room = [], []
+    for n_tokens in (50,) * 12:
+        cache.update(*torch.randn(2, 1, 2, n_tokens, 8), 0)
+        places.append(cache.layers[0].keys.data_ptr())
+        n_room.append(cache.layers[0].keys.untyped_storage().nbytes() // (2 * 8 * 4))
+    assert len(set(places)) <= 3
+    assert max(n_room) <= 700 + 64
+
+
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 1000))
 def test_few_choices_are_grouped_as_many_are(n_rows: int, top_k: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
