@@ -188,4 +188,5 @@ def grow_in_place(cache: object, most_tokens: int = 0) -> None:
         for layer in cache.layers:
             if type(layer) is DynamicLayer and (not layer.is_initialized or layer.device.type == "cpu"):
                 layer.__class__ = GrowingLayer
+                assert isinstance(layer, GrowingLayer)
                 layer.most_tokens = most_tokens
