@@ -113,7 +113,7 @@ class Executor:
         self._abandon_step()
         if not self._in_run and n_tokens == kv_tokens * batch:
             self._recording = self._fresh()
-        prompt = self.knows_attention and not masked and computes_prompt(getattr(torch, self.spec.dtype))
+        prompt = self.knows_attention and not masked and computes_prompt(getattr(torch, self.spec.dtype), n_tokens)
         by_kernel = computes_step(n_tokens) or prompt
         self.device.work_at(self.plan.ends, self.plan.ends == "CPU" and by_kernel)
         self.device.set_clock()

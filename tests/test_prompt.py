@@ -190,21 +190,25 @@ def test_only_what_is_not_plainly_causal_gets_a_mask() -> None:
     assert torch.equal(prompt.lower_right(3, 5, torch.device("cpu")), masked(allow_is_causal_skip=False)[0, 0])
 
 
-def test_prompts_in_bfloat16_are_the_kernels_where_cpu_and_kernel_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_the_kernels_where_it_attends_but_what_torch_multiplies_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert isinstance(INSTALLED, native.Kernel)
     upto = {isa: native.Kernel(INSTALLED.library, native.ISAS[: native.ISAS.index(isa) + 1]) for isa in native.ISAS}
-    for isa, has_amx, expected in (
-        ("AVX512", False, False),
-        ("AVX512_BF16", False, True),
-        ("AVX512_BF16", True, False),  # torch multiplies by tiles
-        ("AMX_BF16", True, True),
+    for isa, has_amx, in_bfloat16, in_float32 in (
+        ("AVX2", False, False, False),
+        ("AVX512", False, True, True),
+        ("AVX512_BF16", False, True, True),
+        ("AVX512_BF16", True, False, True),  # torch multiplies bfloat16 by tiles
+        ("AMX_BF16", True, True, True),
     ):
         monkeypatch.setattr(native, "kernel", lambda isa=isa: upto[isa])
         monkeypatch.setattr(native, "_has_amx", lambda has_amx=has_amx: has_amx)
-        assert computes_prompt(torch.bfloat16) == expected
-        assert not computes_prompt(torch.float32)
+        assert computes_prompt(torch.bfloat16, 4096) == in_bfloat16
+        assert computes_prompt(torch.float32, 256) == computes_prompt(torch.float16, 256) == in_float32
+        assert not computes_prompt(torch.float32, 257)
     monkeypatch.setattr(native, "kernel", lambda: None)
-    assert not computes_prompt(torch.bfloat16)
+    assert not computes_prompt(torch.bfloat16, 9)
 
 
 def test_many_rows_are_the_kernels_on_threads_that_are_its_alone(monkeypatch: pytest.MonkeyPatch) -> None:

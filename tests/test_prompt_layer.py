@@ -27,7 +27,7 @@ from tests.tiny import DENSE, eager, tokens
 
 INSTALLED = native.installed()
 HAS_PROMPTS = not isinstance(INSTALLED, KernelError) and INSTALLED.attends_prompts
-HAS_BFLOAT16 = HAS_PROMPTS and computes_prompt(torch.bfloat16)
+HAS_BFLOAT16 = HAS_PROMPTS and computes_prompt(torch.bfloat16, 300)
 pytestmark = pytest.mark.skipif(not HAS_PROMPTS, reason=f"no native kernel of prompts: {INSTALLED}")
 needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="prompts in bfloat16 are torch's here")
 SIZES = [(batch, n) for batch in (1, 3) for n in (2, 8, 9, 37, 300)]
@@ -106,8 +106,8 @@ def test_a_mixtures_prompt_in_bfloat16_is_as_close_to_float32_as_its_modules_are
 
 
 @pytest.mark.parametrize("family", [*DENSE, *MIXTURES])
-@pytest.mark.parametrize(("batch", "n_prompt"), [(1, 2), (1, 8), (3, 2), (2, 4), (4, 2)])
-def test_few_rows_of_a_float32_prompt_are_one_call_for_each_layer_and_eager_transformers(
+@pytest.mark.parametrize(("batch", "n_prompt"), [(1, 2), (1, 8), (3, 2), (4, 2), (1, 9), (3, 24), (1, 100)])
+def test_rows_of_a_float32_prompt_are_one_call_for_each_layer_and_eager_transformers(
     family: str,
     batch: int,
     n_prompt: int,
@@ -115,17 +115,19 @@ def test_few_rows_of_a_float32_prompt_are_one_call_for_each_layer_and_eager_tran
     calls: list[int],  # noqa: F811
 ) -> None:
     folder, chunks = tiny_checkpoint(family), cut([n_prompt, n_prompt, 1, n_prompt], batch)
-    with loaded(folder, on_cpu(spec_of(folder), batch=4)) as model:
+    with loaded(folder, on_cpu(spec_of(folder), n_ctx=400, batch=4)) as model:
         found = read(model, chunks)
-    assert calls == [some.numel() for some in chunks for _ in range(N_LAYERS)]
+    # OLMoE's attention of prompts is not known: only few rows are the kernel's.
+    taken = [some for some in chunks if family != "olmoe" or some.numel() <= FEW_ROWS]
+    assert calls == [some.numel() for some in taken for _ in range(N_LAYERS)]
     torch.testing.assert_close(found, read(eager(folder), chunks), atol=TOLERANCE, rtol=0)
 
 
-def test_more_rows_in_float32_are_the_modules(tiny_checkpoint: TinyCheckpoint, calls: list[int]) -> None:  # noqa: F811
+def test_rows_that_torch_multiplies_faster_are_the_modules(tiny_checkpoint: TinyCheckpoint, calls: list[int]) -> None:  # noqa: F811
     folder = tiny_checkpoint("mixtral")
     with loaded(folder, plan(folder)) as model:
-        read(model, cut([FEW_ROWS + 1]))
-        read(model, cut([FEW_ROWS // 2 + 1], 2))
+        read(model, cut([257]))
+        read(model, cut([129], 2))
     assert not calls
 
 
