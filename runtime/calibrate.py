@@ -11,7 +11,7 @@ rest       embedding, attention, head and sampling: a model of the same shapes w
 by turns   attention and ends on the CPU where other layers are the device's, and what changing place takes
 waits      how much longer attention takes after waiting for the CPU or for the link
 overlap    hand-offs between resources, copies of activations and joins, read from an overlapping run
-mlp        MLP parts over width and tokens, on CPU and GPU
+mlp        MLP parts over width and tokens, on CPU and GPU; of experts what each takes in a call of several
 copies     weights over the link: H2D and D2H over sizes, pinned and pageable
 together   CPU, GPU and H2D at work at once, reading and computing: the contention table
 variants   MLP parts on the CPU with other numbers of threads, and in other types of numbers

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from statistics import fmean, median
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from hwmodels import work
 from hwmodels.calibrate import contention, samples
 from hwmodels.machine import cache_bytes, read_machine
 from hwmodels.profile import COMPUTERS, Contention, Curve, Resource
+from hwmodels.together import Tokens, together
 from hwmodels.work import Work
+from runtime import native
 from runtime.devices.base import Body, Device
 from runtime.ops import Activation, Piece, gated_mlp, piece_views, routed_mlp
 from runtime.rounds import Case, Effort, InRounds, Progress, in_rounds
@@ -38,6 +41,10 @@ _POOL_BYTES = 192 << 20
 _SPARE_SHARE = 1 / 32
 _LONG_S = 3e-3  # a task that long needs no other before it to warm up
 _LOAD_COPY_BYTES = 4 << 20
+# Experts of a call, from how many tokens each on (of fewer memory decides, and a call of many is no slower), and up to
+# what share of the tokens that single ones are measured with: some have more than the mean.
+_TOGETHER, _LEAST_TOKENS, _MOST_SHARE = 8, 8, 0.25
+_UNEVEN = 0.5, 1.5  # how often the rarest and the most frequent are chosen, relative to the mean
 _LOAD_FLOPS = 2e9  # a task in some 10 ms on one core: short beside the time that sets work together
 _Load = tuple[Work, NextBody, float]
 """What a resource is kept at work with: a demand, its bodies, and seconds of one task alone."""
@@ -82,17 +89,25 @@ class MicroBench:
         self._issued += 1
         return Task(f"micro.{resource}.{self._issued}", _KIND[resource], resource, (demand,))
 
-    def _curves(self, cases: Sequence[tuple[Resource, Work, NextBody]], effort: Effort) -> InRounds[list[Curve]]:
-        """Curves of what several resources do alone, a case after the other."""
+    def _curves(
+        self,
+        cases: Sequence[tuple[Resource, Work, NextBody]],
+        effort: Effort,
+        calls: Mapping[Work, Tokens] = MappingProxyType({}),
+    ) -> InRounds[list[Curve]]:
+        """Curves of what several resources do alone, a case after the other; calls are cases of several experts."""
         n_curves = len({(resource, demand.op) for resource, demand, _ in cases})
         times = yield from in_rounds([self._case(*case) for case in cases], effort, n_curves)
         rows: dict[tuple[Resource, work.Op], dict[Work, list[list[float]]]] = defaultdict(dict)
         for (resource, demand), rounds in times.items():
             rows[resource, demand.op][demand] = rounds
-        threads = {"CPU": self.device.cpu_threads}
-        return [
-            Curve(r, op, self.spec.dtype, threads.get(r, 0), "measured", samples(own)) for (r, op), own in rows.items()
-        ]
+        threads, curves = {"CPU": self.device.cpu_threads}, []
+        for (r, op), own in rows.items():
+            found = dict(zip(own, samples(own), strict=True))  # of a round's slowness calls tell, too
+            calls_s = {calls[demand]: found.pop(demand).median_s for demand in own if demand in calls}
+            alone = Curve(r, op, self.spec.dtype, threads.get(r, 0), "measured", tuple(found.values()))
+            curves.append(together(alone, calls_s))
+        return curves
 
     def _case(self, resource: Resource, demand: Work, next_body: NextBody) -> Case[tuple[Resource, Work]]:
         """Each visit runs three tasks over different weights and drops the first; of long ones it runs one."""
@@ -113,14 +128,61 @@ class MicroBench:
     def ffn_curves(
         self, resources: Sequence[Resource], n_tokens: Sequence[int], columns: Sequence[int], effort: Effort
     ) -> InRounds[list[Curve]]:
-        """Times of MLP parts of several widths for several token counts."""
+        """Times of MLP parts of several widths for several token counts; of experts as parts of a layer's call."""
         cases = [
             (r, self.spec.ffn_work(self.layer, n, c), self._ffn_bodies(r, n, c))
             for r in resources
             for c in columns
             for n in n_tokens
         ]
-        return (yield from self._curves(cases, effort))
+        calls: dict[Work, Tokens] = {}
+        for rows in self._calls(n_tokens):
+            tokens = tuple(len(own) for own in rows)
+            works = [self.spec.ffn_work(self.layer, n, max(columns)) for n in tokens]
+            demand = Work(
+                "ffn",
+                self.spec.dtype,
+                sum(tokens),
+                sum(w.flops for w in works),
+                sum(w.weight_bytes for w in works),
+                sum(w.io_bytes for w in works),
+            )
+            calls[demand] = tokens
+            cases += [(r, demand, self._call_bodies(r, rows, max(columns))) for r in resources]
+        return (yield from self._curves(cases, effort, calls))
+
+    def _calls(self, n_tokens: Sequence[int]) -> Iterator[list[Tensor]]:
+        """Rows of the experts of calls of several, of as many tokens each in the mean as a power of two tells.
+
+        As a router chooses them for all tokens of a step, some experts more often than others. None for dense MLPs, and
+        for experts so large that several do not fit into the pool: those find nothing in caches either way.
+        """
+        ffn = self.spec.layers[self.layer].ffn
+        n_experts = min(ffn.n_experts, max(_TOGETHER, 2 * ffn.top_k))
+        size = 3 * self.spec.d_model * self.columns
+        if n_experts < 2 * ffn.top_k or 2 * n_experts * size > self.host.numel():
+            return
+        generator = torch.Generator().manual_seed(0)
+        for n in (n for n in n_tokens if n & (n - 1) == 0 and _LEAST_TOKENS <= n <= _MOST_SHARE * max(n_tokens)):
+            often = torch.linspace(*_UNEVEN, n_experts).expand(n * n_experts // ffn.top_k, n_experts)
+            chosen = torch.multinomial(often, ffn.top_k, generator=generator)
+            rows = [(chosen == expert).any(dim=1).nonzero().flatten() for expert in range(n_experts)]
+            yield [own for own in rows if len(own)]
+
+    def _call_bodies(self, resource: Resource, rows: Sequence[Tensor], columns: int) -> NextBody:
+        pool = self.host if resource == "CPU" else self.resident
+        n_rows = sum(len(own) for own in rows) // self.spec.layers[self.layer].ffn.top_k
+        x = torch.randn(n_rows, self.spec.d_model, dtype=self.dtype).to(pool.device)
+        placed = [own.to(pool.device) for own in rows]
+        weights = [torch.ones(len(own), dtype=x.dtype, device=x.device) for own in rows]
+        size = 3 * self.spec.d_model * columns
+
+        def next_body() -> Body:
+            pieces = [[piece_views(self._unread(pool, size), self.spec.d_model, columns)] for _ in rows]
+            with self.device.driving():
+                return self._experts(x, list(zip(placed, weights, pieces, strict=True)), resource)
+
+        return next_body
 
     def _ffn_bodies(self, resource: Resource, n_tokens: int, columns: int) -> NextBody:
         pool = self.host if resource == "CPU" else self.resident
@@ -144,18 +206,28 @@ class MicroBench:
         return pool[first : first + n]
 
     def _mlp(self, x: Tensor, pieces: Sequence[Piece], resource: Resource) -> Body:
-        is_moe = self.spec.layers[self.layer].ffn.is_moe
-        rows = torch.arange(x.shape[0], device=x.device)
-        weights = torch.ones(x.shape[0], dtype=x.dtype, device=x.device)
+        if self.spec.layers[self.layer].ffn.is_moe:
+            rows = torch.arange(x.shape[0], device=x.device)
+            weights = torch.ones(x.shape[0], dtype=x.dtype, device=x.device)
+            return self._experts(x, [(rows, weights, pieces)], resource)
         if takes_words(self.device, self.act, x, self.spec.dtype):
-            expert = (rows, weights.float(), pieces) if is_moe else (None, None, pieces)
-            return mlp_words(self.device, x, torch.empty_like(x), [expert], self.act, on_host=resource == "CPU")
+            y, on_host = torch.empty_like(x), resource == "CPU"
+            return mlp_words(self.device, x, y, [(None, None, pieces)], self.act, on_host)
 
         def compute() -> None:
-            if is_moe:
-                routed_mlp(x, [(rows, weights, pieces)], self.act)
-            else:
-                gated_mlp(x, pieces, self.act)
+            gated_mlp(x, pieces, self.act)
+
+        return compute
+
+    def _experts(
+        self, x: Tensor, experts: Sequence[tuple[Tensor, Tensor, Sequence[Piece]]], resource: Resource
+    ) -> Body:
+        if takes_words(self.device, self.act, x, self.spec.dtype):
+            own: list[native.Expert] = [(rows, weights.float(), pieces) for rows, weights, pieces in experts]
+            return mlp_words(self.device, x, torch.empty_like(x), own, self.act, on_host=resource == "CPU")
+
+        def compute() -> None:
+            routed_mlp(x, experts, self.act)
 
         return compute
 
