@@ -1,5 +1,5 @@
 // Products of bfloat16 by floats, where the CPU's product of pairs takes as long as four of them: so on those with AMX, where
-// from 5 tokens on a step waits for products and not for memory.
+// from 5 tokens on steps wait for products and not for memory.
 //
 // 32 numbers become two vectors of 16 floats, the odd ones and the even ones, whose products are exact. Added one after the
 // other they round as the CPU rounds pairs; where numbers below the smallest normal one count as zero, as in pairs, bits
@@ -21,7 +21,7 @@ struct ByHalves {
   using W = Halves;
   using X = Halves;
   using Sum = __m512;
-  static constexpr int STEP = 32, TOKENS = 6;
+  static constexpr int STEP = 32, TOKENS = 8;
   static constexpr int64_t BLOCK = 2048;  // as of pairs
   static Sum zero() { return _mm512_setzero_ps(); }
   static Halves load_weights(const Bf16* p) {
