@@ -128,3 +128,76 @@ def test_what_is_not_a_number_stays_in_its_row(kernel: Kernel, isa: str, length:
         for y in (kernel.mlp(x, [(None, None, pieces)], 0, isa), kernel.linear(x, pieces[0][0], None, isa))
     ]
     assert all(rows.nonzero().flatten().tolist() == [17, 255] for rows in wrong)
+
+
+# -- few tokens, by pairs and by halves --------------------------------------------------------------------------------
+
+
+def errors_of_sums(length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """x [8, 2 * length] and weights [40, 2 * length] whose products cancel: what is left is how sums round."""
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    x, weight = random_x(8, length, BF16, seed), weight_of(40, length, seed)
+    return torch.cat([x, x[:, order]], 1), torch.cat([weight, -weight[:, order]], 1)
+
+
+def bits_of(y: Tensor) -> Tensor:
+    return y.view(torch.int16)
+
+
+@pytest.mark.skipif("AMX_BF16" not in ISAS, reason="no tiles")
+@pytest.mark.parametrize("length", [40, 700, 1024, 3000])
+@pytest.mark.parametrize("exponent", [0, 30, -58, -63, -66])
+def test_few_tokens_have_the_bits_of_products_of_pairs_however_small_numbers_are(
+    kernel: Kernel, length: int, exponent: int
+) -> None:
+    x, weight = errors_of_sums(length, length)
+    x, weight = x * 2.0**exponent, weight * 2.0**exponent
+    native.set_threads(1)
+    torch.set_flush_denormal(True)  # pairs do in any case, but not what adds their sums
+    try:
+        for n in range(1, ENOUGH):
+            by_pairs = kernel.linear(x[:n], weight, None, "AVX512_BF16")
+            assert torch.equal(bits_of(kernel.linear(x[:n], weight, None, "AMX_BF16")), bits_of(by_pairs))
+            assert exponent < -58 or by_pairs.any()
+    finally:
+        torch.set_flush_denormal(False)
+        native.set_threads(0)
+
+
+@pytest.mark.skipif("AMX_BF16" not in ISAS, reason="no tiles")
+def test_a_row_has_the_same_bits_in_any_small_step(kernel: Kernel) -> None:
+    x, weight = errors_of_sums(1500, 7)
+    tiny = torch.tensor([1e-40, -3e-39, 2e-38, 1e-20, 3e38, 1.0], dtype=BF16)
+    x = torch.cat([x, tiny[torch.randint(6, (8, 90), generator=torch.Generator().manual_seed(1))]], 1)
+    weight = torch.cat([weight, tiny[torch.randint(5, (40, 90), generator=torch.Generator().manual_seed(2))]], 1)
+    pieces = [(torch.cat([weight, weight.flip(0)]), weight_of(x.shape[1], 40, 3))]
+    alone = [(kernel.linear(r[None], weight, None), kernel.mlp(r[None], [(None, None, pieces)], 0)) for r in x]
+    for n in range(2, ENOUGH):
+        together = kernel.linear(x[-n:], weight, None), kernel.mlp(x[-n:], [(None, None, pieces)], 0)
+        for row, (one, other) in enumerate(alone[-n:]):
+            assert torch.equal(bits_of(together[0][row]), bits_of(one[0]))
+            assert torch.equal(bits_of(together[1][row]), bits_of(other[0]))
+
+
+@pytest.mark.skipif("AMX_BF16" not in ISAS, reason="no tiles")
+@pytest.mark.parametrize("n_tokens", range(1, ENOUGH))
+def test_infinities_and_what_is_not_a_number_come_out_as_of_floats(kernel: Kernel, n_tokens: int) -> None:
+    x, weight = random_x(n_tokens, 70, BF16), weight_of(20, 70, 1)
+    x[0, 3], x[-1, 69], weight[4, 5], weight[7, 0], weight[7, 1] = (
+        torch.inf,
+        torch.nan,
+        -torch.inf,
+        torch.inf,
+        -torch.inf,
+    )
+    by_floats = x.float() @ weight.float().T
+    found = kernel.linear(x, weight, None).float()
+    assert torch.equal(found.isnan(), by_floats.isnan())
+    assert torch.equal(found.isinf(), by_floats.isinf())
+    assert torch.equal(found[found.isinf()], by_floats[by_floats.isinf()])
+
+
+@pytest.mark.skipif("AMX_BF16" not in ISAS, reason="no tiles")
+def test_small_numbers_of_the_caller_are_what_they_were(kernel: Kernel) -> None:
+    kernel.linear(random_x(8, 64, BF16), weight_of(20, 64, 1), None)
+    assert torch.tensor(1e-40).mul(0.5).item() > 0

@@ -1,4 +1,5 @@
-// AMX: tiles of 16 rows of W times 16 tokens. Few rows and other dtypes are those of AVX-512 with bfloat16.
+// AMX: tiles of 16 rows of W times 16 tokens. Few tokens and other dtypes are those of AVX-512 with bfloat16, but where
+// halves.h is faster.
 //
 // W is the first operand as it lies, 32 weights of a row beside each other; tokens are the second, packed by pairs. So
 // weights are never transposed, and what comes out as [row of W][token] is, of gate and up, already the order in which
@@ -12,6 +13,7 @@
 
 #include "amx.h"
 #include "amx_prompt.h"
+#include "halves.h"
 
 namespace scheinfer {
 namespace {
@@ -253,6 +255,7 @@ const Kernels* amx_bf16_kernels(int dtype) {
   static const TileKernels tiles{pack, multiply, activate, add, store};
   static const Kernels found = [] {
     Kernels k = *avx512_bf16_kernels(BF16);
+    k.dots = dots_of_few;
     k.tiles = &tiles;
     k.pack_keys = pack_keys_as_tiles, k.pack_values = pack_values_as_tiles;
     k.attend_rows = attend_by_tiles, k.attends_at_once = SIDE, k.few_queries = 4;
