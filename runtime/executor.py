@@ -202,7 +202,7 @@ class Executor:
 
     def most_tokens(self, batch: int) -> int:
         """Tokens that the plan has room for in the KV cache of each of so many sequences."""
-        return self.plan.n_ctx * self.plan.batch // batch
+        return self.plan.n_ctx * self.plan.batch // max(batch, 1)
 
     def enter_head(self, hidden: Tensor) -> Tensor:
         """The layers have ended; their output, carried to where the head lives."""

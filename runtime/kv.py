@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,7 @@ class Room:
         self._sizes = (*keys.shape[:2], keys.shape[3], keys.dtype) if even else ()
 
     def __reduce__(self) -> tuple[object, ...]:
-        """A deep copy lies elsewhere, and its words say where."""
+        """What was pickled lies elsewhere, and its words say where."""
         return Room, (self.keys, self.values, self.n_written)
 
     def takes(self, n_tokens: int) -> bool:
@@ -82,6 +83,20 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def values(self, values: Tensor | None) -> None:
         """Others in their place."""
         self._put("values", values)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GrowingLayer:
+        """Of the buffers only what has been written, in others of its own."""
+        keys, values = (self.keys, self.values) if self.is_initialized else (None, None)
+        own = {name: value for name, value in vars(self).items() if name not in ("keys", "values", "_room")}
+        found = type(self).__new__(type(self))
+        memo[id(self)] = found
+        vars(found).update(deepcopy(own, memo), keys=keys, values=values)
+        if keys is not None and values is not None and keys.numel():
+            n = self.get_seq_length()
+            found._room = room = found._moved(keys, values, n, n)
+            room.n_written = n
+            vars(found).update(keys=room.keys[:, :, :n], values=room.values[:, :, :n])
+        return found
 
     def get_seq_length(self) -> int:
         """Tokens held."""
@@ -180,7 +195,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 def grow_in_place(cache: object, most_tokens: int = 0) -> None:
-    """Let a cache's layers on the CPU grow in place; sliding windows, quantised layers and other devices stay.
+    """Let a cache's layers on the CPU grow in place, and empty ones; sliding windows and quantised layers stay.
 
     most_tokens: of a sequence, that are planned for; 0 if that is not known.
     """

@@ -1,7 +1,7 @@
 """Dense projections on the CPU by the native kernel: attention's, shared experts', the head.
 
 At one token a projection is as fast as its weights are read; F.linear in bfloat16 reads them at two thirds of
-memory gives (experiments.cpu_kernels). Prompts are torch's but where the kernel computes all of them: its threads
+what memory gives (experiments.cpu_kernels). Prompts are torch's but where the kernel computes all of them: its threads
 and torch's, which spin after each call, would wait for each other.
 """
 

@@ -203,7 +203,7 @@ def _cache(model: PlannedModel, n_tokens: int) -> DynamicCache:
     if n_tokens and any(layer.attention.absorbed_pair_flops is not None for layer in executor.spec.layers):
         return _continued(model, cache, n_tokens)
     with torch.no_grad():
-        grow_in_place(cache, 2 * executor.most_tokens(1))  # no pass copies what it goes on from
+        grow_in_place(cache, executor.most_tokens(1))  # so that no pass copies a long past first
     for i, layer in enumerate(executor.spec.layers if n_tokens else ()):
         here = executor.device.torch_device if executor.plan.layers[i].rest == "GPU" else torch.device("cpu")
         shape = (1, layer.attention.n_kv_heads, n_tokens, layer.attention.head_dim)

@@ -305,8 +305,8 @@ def test_a_failure_on_a_layer_that_lives_on_the_cpu_is_named(
     tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_checkpoint("llama")
-    with loaded(folder, on_cpu(spec_of(folder))) as model:
-        ids = tokens(2 * PROMPT)  # in float32 more rows than one call takes: the cc is a task of its own
+    with loaded(folder, on_cpu(spec_of(folder), n_ctx=300)) as model:
+        ids = tokens(257)  # in float32 more rows than one call takes: the cc is a task of its own
         break_task(monkeypatch, "prefill.L01.cc", MemoryError())
         with pytest.raises(ExecutionError, match=r"task prefill\.L01\.cc failed on CPU: MemoryError"):
             greedy(model, ids, 3)

@@ -159,6 +159,20 @@ def test_a_token_appended_moves_no_other() -> None:
 
 
 @torch.no_grad()
+def test_a_deep_copy_copies_what_is_held_not_the_room_behind_it() -> None:
+    cache = DynamicCache()
+    for n_tokens in (1000, 1):
+        cache.update(*torch.randn(2, 1, 2, n_tokens, 8), 0)
+        grow_in_place(cache, 4000)
+    before, copied = cache.layers[0].keys.clone(), copy.deepcopy(cache)
+    copied.update(*torch.ones(2, 1, 2, 1, 8), 0)
+    assert torch.equal(copied.layers[0].keys[:, :, :1001], before)
+    assert torch.equal(cache.layers[0].keys, before)
+    empty = copy.deepcopy(DynamicCache())
+    assert empty.get_seq_length() == 0
+
+
+@torch.no_grad()
 def test_a_cache_moves_its_tokens_twice_at_most_on_the_way_to_what_is_planned_and_asks_for_no_more() -> None:
     cache = DynamicCache()
     cache.update(*torch.randn(2, 1, 2, 100, 8), 0)
