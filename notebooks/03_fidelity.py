@@ -229,7 +229,7 @@ for label, prefix in (("with contention", "simulated_"), ("without", "isolated_"
 # 715 pairs of plans that differ by more than the noise all but two are in their order, in simulation as well as
 # predicted before anything ran: that is what a simulator is for. Steps miss by 2 % in the median and by 6 % for nine
 # in ten, throughput and the first token by 2, where the machine itself repeats them within 1, 4, 1 and 1. What a user
-# is told by a calibration before is right within 3.2 % of a generation's time in the median, 6 % for nine in ten, all
-# of it too fast. On the other machine a neighbour on the same physical cores slowed two runs of three, and steps
+# is told by a calibration before is right within 3.2 % of a generation's time in the median, 6 % for nine in ten,
+# mostly too fast. On the other machine a neighbour on the same physical cores slowed two runs of three, and steps
 # missed by 6 and 14 %. What is left is above all attention: 11 % too fast over all its tasks, though in plans that send
 # weights much of it hides behind the link. `experiments/LOG.md` has the story.
