@@ -95,7 +95,7 @@ class Extent:
 
 
 # Kernels change from one token to the next up to 9: matrix-vector, tiles of 2, 4 and more rows, and from FEW_ROWS on
-# projections by torch's, which take 16 rows in less time than 15.
+# projections, where the kernel attends no prompts, by torch's, which take 16 rows in less time than 15.
 _FEW = (*range(1, FEW_ROWS + 2), 12, 15, 16, 24, 32)
 _MOST_S = 560.0  # beyond its least passes a calibration begins none that would end later: ten minutes with all else
 KNOWN_SHARE = 0.02

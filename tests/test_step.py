@@ -164,12 +164,14 @@ def test_a_deep_copy_copies_what_is_held_not_the_room_behind_it() -> None:
     for n_tokens in (1000, 1):
         cache.update(*torch.randn(2, 1, 2, n_tokens, 8), 0)
         grow_in_place(cache, 4000)
-    before, copied = cache.layers[0].keys.clone(), copy.deepcopy(cache)
+    before, room = cache.layers[0].keys.clone(), cache.layers[0]._room
+    room.keys[:, :, 1001:] = 7
+    copied = copy.deepcopy(cache)
+    assert not copied.layers[0]._room.keys[:, :, 1001:].eq(7).all()
     copied.update(*torch.ones(2, 1, 2, 1, 8), 0)
     assert torch.equal(copied.layers[0].keys[:, :, :1001], before)
     assert torch.equal(cache.layers[0].keys, before)
-    empty = copy.deepcopy(DynamicCache())
-    assert empty.get_seq_length() == 0
+    assert copy.deepcopy(GrowingLayer()).get_seq_length() == 0
 
 
 @torch.no_grad()

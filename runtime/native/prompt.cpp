@@ -1,6 +1,4 @@
 // A prompt's attention: new tokens over a sequence's past and over each other, each up to itself.
-#include <vector>
-
 #include "rows.h"
 
 namespace scheinfer {

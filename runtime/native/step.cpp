@@ -1,6 +1,6 @@
-// What a step of few tokens computes beside products with weights: norms, rotations, one query over a sequence's past.
+// What a step of few tokens computes beside products with weights: norms, rotations, few queries over a
+// sequence's past.
 #include <cmath>
-#include <vector>
 
 #include "rows.h"
 
