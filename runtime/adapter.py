@@ -9,6 +9,7 @@ qwen2_moe qwen3_moe layer.mlp        mlp.experts.E.{gate,up,down}_proj          
 olmoe               layer.mlp        as qwen3_moe                                every layer has experts
 deepseek_v2         layer.mlp        as qwen3_moe                                first layers dense, shared experts
 deepseek_v3         layer.mlp        as qwen3_moe                                and corrections of the router's scores
+gpt_oss             layer.mlp        mlp.experts.gate_up_proj [E, D, 2F]         gate and up take turns; biases; or MXFP4
 
 Any of the MoE families may also be stored as transformers 5 keeps them in memory: all experts of a layer
 in `mlp.experts.gate_up_proj` [E, 2F, D] (gate rows first) and `mlp.experts.down_proj` [E, D, F].
@@ -23,8 +24,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from hwmodels.errors import CheckpointError, ModelError
+from runtime import mxfp4
+from runtime.activation import Activation, ClampedGlu
 from runtime.checkpoint import Checkpoint
 from sim.model import ModelSpec, from_config
 
@@ -34,12 +38,7 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 _MIXTRAL_LIKE = ("mixtral", "phimoe")
 _DENSE = ("llama", "mistral", "qwen2", "qwen3")
-RUNNABLE = (*_DENSE, *_MIXTRAL_LIKE, "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
-
-_WHY_NOT = {
-    "gpt_oss": "its experts have biases, interleave gate and up and clamp both, which no kernel here computes, "
-    "and are published as MXFP4"
-}
+RUNNABLE = (*_DENSE, *_MIXTRAL_LIKE, "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss")
 
 
 class FfnKeys(NamedTuple):
@@ -51,11 +50,12 @@ class FfnKeys(NamedTuple):
 
 
 class FfnWeights(NamedTuple):
-    """Weights of one dense MLP or one expert, F = intermediate columns, D = model width."""
+    """Weights of one dense MLP or one expert, F = intermediate columns, D = model width; gate's biases, then up's."""
 
     gate_FD: torch.Tensor
     up_FD: torch.Tensor
     down_DF: torch.Tensor
+    bias_2F: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ class Adapter:
     @staticmethod
     def of(config: Mapping[str, Any], name: str = "model") -> Adapter:
         """Adapter for a config.json; ModelError if the family is unsupported or the weights are quantised."""
-        if config.get("quantization_config"):
-            method = dict(config["quantization_config"]).get("quant_method", "an unnamed method")
+        method = dict(config.get("quantization_config") or {}).get("quant_method", "an unnamed method")
+        own = config.get("model_type") == "gpt_oss" and method == "mxfp4"  # which is read without loss
+        if config.get("quantization_config") and not own:
             raise ModelError(f"{name}: the weights are quantised ({method}); use the checkpoint they were made from")
         spec = from_config(config, name)
         if spec.family not in RUNNABLE:
-            why = f" ({_WHY_NOT[spec.family]})" if spec.family in _WHY_NOT else ""
             raise ModelError(
-                f"{name}: models of family {spec.family} can be planned and simulated, not run{why}; "
+                f"{name}: models of family {spec.family} can be planned and simulated, not run; "
                 f"families that run: {', '.join(RUNNABLE)}"
             )
         return Adapter(spec)
@@ -106,6 +106,8 @@ class Adapter:
         Raises CheckpointError if a tensor is missing or its shape is not the config's.
         """
         gate_up, down = self.fused_tensors(layer)
+        if self.spec.family == "gpt_oss":
+            return self._read_turned(checkpoint, gate_up, down, layer, expert)
         if self.kind(layer) == "experts" and gate_up in checkpoint:
             return self._read_fused(checkpoint, gate_up, down, layer, expert)
         keys = self.ffn_tensors(layer, expert)
@@ -122,6 +124,15 @@ class Adapter:
             checkpoint.tensor_of(down, (ffn.n_experts, width, ffn.columns))[expert],
         )
 
+    def _read_turned(self, checkpoint: Checkpoint, gate_up: str, down: str, layer: int, expert: int) -> FfnWeights:
+        """Of experts stored together, the input's width first, or in blocks of MXFP4; gate and up take turns."""
+        ffn, width = self.spec.layers[layer].ffn, self.spec.d_model
+        n, columns = ffn.n_experts, ffn.columns
+        bias = checkpoint.tensor_of(f"{gate_up}_bias", (n, 2 * columns))[expert]
+        both = _turned(checkpoint, gate_up, expert, (n, 2 * columns, width))
+        down_DF = _turned(checkpoint, down, expert, (n, width, columns))
+        return FfnWeights(both[::2], both[1::2], down_DF, torch.cat([bias[::2], bias[1::2]]))
+
     @cached_property
     def ffn_keys(self) -> frozenset[str]:
         """Every key that may hold weights of a replaced MLP, in either storage."""
@@ -130,7 +141,10 @@ class Adapter:
             for expert in range(layer.ffn.n_experts):
                 keys.update(self.ffn_tensors(i, expert))
             if layer.ffn.is_moe:
-                keys.update(self.fused_tensors(i))
+                gate_up, down = self.fused_tensors(i)
+                keys.update((gate_up, down))
+                if self.spec.family == "gpt_oss":
+                    keys.update((f"{gate_up}_bias", *(f"{name}_{part}" for name in (gate_up, down) for part in _MXFP4)))
         return frozenset(keys)
 
     # -- everything else ------------------------------------------------------------------------------
@@ -168,3 +182,24 @@ class Adapter:
         if self.kind(layer) == "dense":
             return layer_module, "mlp"
         return layer_module.get_submodule("mlp"), "experts"
+
+
+_MXFP4 = ("blocks", "scales")
+
+
+def _turned(checkpoint: Checkpoint, key: str, expert: int, shape: tuple[int, int, int]) -> torch.Tensor:
+    """An expert's matrix [rows, width] of those stored together as [experts, width, rows], or in blocks; a copy."""
+    n, rows, width = shape
+    blocks, scales = (f"{key}_{part}" for part in _MXFP4)
+    if blocks not in checkpoint:
+        return checkpoint.tensor_of(key, (n, width, rows))[expert].t().contiguous()
+    stored = checkpoint.tensor_of(blocks, (n, *mxfp4.blocks_shape(rows, width)))
+    return mxfp4.widened(stored[expert], checkpoint.tensor_of(scales, tuple(stored.shape[:3]))[expert])
+
+
+def activation_of(config: Mapping[str, Any]) -> Activation:
+    """What a config says that MLPs make of gate and up."""
+    if config.get("model_type") == "gpt_oss":  # published before configs had these
+        return ClampedGlu(config.get("swiglu_alpha", 1.702), config.get("swiglu_limit", 7.0))
+    act: Activation = ACT2FN[str(config.get("hidden_act", "silu"))]
+    return act

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from runtime.activation import Activation
 from runtime.devices.base import Body, Device
 from runtime.memory import LayerStore, Slots, cached_run
-from runtime.ops import Activation, Piece, gated_mlp, routed_mlp
+from runtime.ops import Piece, gated_mlp, routed_mlp
 from runtime.routing import Routed
 from sim.graph import Part, Task
 
@@ -75,13 +76,13 @@ class LayerBinding:
     # -- copies ---------------------------------------------------------------------------------------
 
     def _send(self, task: Task, store: LayerStore) -> Body:
-        return sending(self._device, store, self._slots, task, 3 * self._x.shape[-1], self._pinned)
+        return sending(self._device, store, self._slots, task, self._pinned)
 
     def _move_expert(self, task: Task) -> Body:
         """An expert's host part into its slot of the cache, or back."""
         (part,) = task.parts
-        there = cached_run(self._cache, part, self._x.shape[-1])
-        here = self._store.experts[part.expert].host_run(part.start, part.stop)
+        expert = self._store.experts[part.expert]
+        there, here = cached_run(self._cache, part, expert.width), expert.host_run(part.start, part.stop)
         pair = (there, here) if task.kind == "send" else (here, there)
         return self._device.copying([pair], self._pinned)
 
@@ -145,7 +146,7 @@ class LayerBinding:
         expert = self._store.experts[part.expert]
         if part.cached < 0:
             return expert.resident()
-        return expert.views(cached_run(self._cache, part, expert.d_model), part.start, part.stop)
+        return expert.views(cached_run(self._cache, part, expert.width), part.start, part.stop)
 
     def _sent(self, part: Part, runs: dict[int, Tensor]) -> list[Piece]:
         return self._store.experts[part.expert].views(runs[part.expert], part.start, part.stop)
@@ -158,22 +159,22 @@ class LayerBinding:
         self.output = first
 
 
-def sending(device: Device, store: LayerStore, slots: Slots, task: Task, width: int, pinned: bool) -> Body:
+def sending(device: Device, store: LayerStore, slots: Slots, task: Task, pinned: bool) -> Body:
     """The body of a send task. What is sent is the same in many steps, so that its body is made once."""
     key = (task.layer, task.slot, tuple((p.expert, p.start, p.stop) for p in task.parts), device.takes_words)
     kept = slots.kept.get(key)
     if kept is not None:
         slots.hold(task.slot, kept[1])
         return kept[0]
-    body = device.copying(send_pairs(store, slots, task, width), pinned)
+    body = device.copying(send_pairs(store, slots, task), pinned)
     if len(slots.kept) < _MOST_KEPT:
         slots.kept[key] = body, slots.held(task.slot)
     return body
 
 
-def send_pairs(store: LayerStore, slots: Slots, task: Task, width: int) -> list[tuple[Tensor, Tensor]]:
+def send_pairs(store: LayerStore, slots: Slots, task: Task) -> list[tuple[Tensor, Tensor]]:
     """(target, source) runs of a send task, neighbouring experts' runs merged into one copy."""
-    targets = slots.place(task.slot, task.parts, width)
+    targets = slots.place(task.slot, task.parts, store.experts[0].width)
     sources = [store.experts[p.expert].host_run(p.start, p.stop) for p in task.parts]
     pairs: list[tuple[Tensor, Tensor]] = []
     for target, source in zip(targets, sources, strict=True):

@@ -30,13 +30,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from transformers.activations import ACT2FN
 
 from hwmodels.calibrate import Part, fastest, merged, remarks
 from hwmodels.machine import fingerprint, read_machine
 from hwmodels.pool import pooled_part, uncertainty
 from hwmodels.profile import RESOURCES, Curve, HardwareProfile, Resource
-from runtime.adapter import Adapter
+from runtime.adapter import Adapter, activation_of
 from runtime.alongside import Alongside
 from runtime.byturns import measure_by_turns
 from runtime.capacity import check_free, device_bytes, host_bytes, software
@@ -125,7 +124,7 @@ class _Job:
         device = open_device(self.device, self.device_bytes, cpu_threads or self.cpu_threads)
         try:
             spec = replace(self.spec, dtype=dtype or self.spec.dtype)
-            yield MicroBench(spec, device, ACT2FN[str(self.config.get("hidden_act", "silu"))])
+            yield MicroBench(spec, device, activation_of(self.config))
         finally:
             device.close()
 

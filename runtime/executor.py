@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from hwmodels.errors import ExecutionError, PlanError
+from runtime.activation import Activation
 from runtime.binding import LayerBinding, sending
 from runtime.devices.base import Body, Device, Mark
 from runtime.memory import WeightStore
-from runtime.ops import Activation
 from runtime.projection import computes_prompt, computes_step
 from runtime.recording import LayerRun, LayerRuns, Recording, WholeStep
 from runtime.routing import Routed
@@ -325,7 +325,7 @@ class Executor:
     def _send_ahead(self, tasks: Sequence[Task]) -> None:
         bodies: dict[str, Body] = {}
         for task in tasks:
-            slots, width = self.store.slots[self._current().compiler.tier], 3 * self.spec.d_model
-            bodies[task.id] = sending(self.device, self.store.layers[task.layer], slots, task, width, self.plan.pinned)
+            slots = self.store.slots[self._current().compiler.tier]
+            bodies[task.id] = sending(self.device, self.store.layers[task.layer], slots, task, self.plan.pinned)
         if tasks:
             self.device.issue(tasks, bodies)

@@ -1,6 +1,6 @@
 """The modules put in place of layer.mlp and layer.mlp.experts, and the hooks that mark a step's parts.
 
-They hold no parameters: weights belong to the executor's store.
+They hold no weights: those belong to the executor's store.
 """
 
 from __future__ import annotations
@@ -53,19 +53,30 @@ class PartitionedMlp(_Partitioned):
 
 
 class PartitionedExperts(_Partitioned):
-    """Routed experts that an executor runs, with the call that transformers 5 makes."""
+    """Routed experts that an executor runs, with the call that transformers 5 makes; adds their down's biases."""
 
-    def __init__(self, layer: int, n_experts: int) -> None:
+    def __init__(self, layer: int, n_experts: int, down_proj_bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.layer, self.num_experts = layer, n_experts
         self.executor: Executor | None = None
+        if down_proj_bias is not None:  # [E, D]: no column's, so that no part of a cut MLP has it
+            self.down_proj_bias = down_proj_bias
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [S, D], top_k_index and top_k_weights [S, k] -> [S, D]."""
         if self.executor is None:
             raise ExecutionError(_DETACHED)
         routed = Routed.of(top_k_index, top_k_weights, self.num_experts)
-        return self.executor.run_mlp(self.layer, hidden_states, routed)
+        out = self.executor.run_mlp(self.layer, hidden_states, routed)
+        bias_ED: Tensor | None = self._parameters.get("down_proj_bias")
+        return out if bias_ED is None else torch.addmm(out, _by_expert(top_k_index, top_k_weights, bias_ED), bias_ED)
+
+
+def _by_expert(top_k_index: Tensor, top_k_weights: Tensor, bias_ED: Tensor) -> Tensor:
+    """Weights [S, E] of a choice [S, k], zero for experts not chosen; the index E means "masked"."""
+    n_experts = bias_ED.shape[0]
+    weights = top_k_weights.new_zeros((top_k_index.shape[0], n_experts + 1), dtype=bias_ED.dtype)
+    return weights.scatter_(1, top_k_index, top_k_weights.to(bias_ED.dtype))[:, :n_experts]
 
 
 def attach(model: PreTrainedModel, executor: Executor) -> None:

@@ -292,7 +292,6 @@ def _table(words: LayerWords, executor: Executor, index: int) -> array[int]:
     for expert in executor.store.layers[index].experts:
         pieces = expert.views(expert.host_run(0, columns), 0, columns)
         words.n_pieces = len(pieces)
-        for gate_up, down in pieces:
-            up = gate_up.data_ptr() + gate_up.nbytes // 2
-            table.extend((gate_up.data_ptr(), up, down.data_ptr(), down.shape[1]))
+        for piece in pieces:
+            table.extend(native.piece_words(piece))
     return table

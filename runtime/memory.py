@@ -1,7 +1,7 @@
 """Where MLP weights lie: resident pieces on the device, host slabs, slots that sent columns pass through.
 
 A plan cuts an expert's columns at gg and, per tier, after what is sent. Between two cuts lies a piece, stored
-as gate | up | down without gaps, pieces in column order: any range between two cuts is one run of
+as gate | up | down (| biases) without gaps, pieces in column order: any range between two cuts is one run of
 memory, so that sending it is one copy, and its down part is contiguous.
 """
 
@@ -34,9 +34,10 @@ def cuts(columns: int, gg: int, sent: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ExpertStore:
-    """Weights of one expert: columns [0, gg) in `device`, [gg, columns) in `host`, both flat."""
+    """Weights of one expert: columns [0, gg) in `device`, [gg, columns) in `host`, both flat; width elements each."""
 
     d_model: int
+    width: int
     gg: int
     cuts: tuple[int, ...]
     device: Tensor
@@ -55,15 +56,14 @@ class ExpertStore:
 
     def host_run(self, start: int, stop: int) -> Tensor:
         """The run of host memory that holds columns [start, stop)."""
-        width = 3 * self.d_model
-        return self.host[(start - self.gg) * width : (stop - self.gg) * width]
+        return self.host[(start - self.gg) * self.width : (stop - self.gg) * self.width]
 
     def views(self, flat: Tensor, start: int, stop: int) -> list[Piece]:
         """The pieces of columns [start, stop) in a run of memory that begins with column `start`."""
         key = flat.data_ptr(), start, stop
         found = self._kept.get(key)
         if found is None:
-            found, width = [], 3 * self.d_model
+            found, width = [], self.width
             for a, b in self.pieces(start, stop):
                 found.append(piece_views(flat[(a - start) * width : (b - start) * width], self.d_model, b - a))
             if len(self._kept) >= _MOST_KEPT:
@@ -71,21 +71,31 @@ class ExpertStore:
             self._kept[key] = found
         return found
 
-    def fill(self, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, after_each: Callable[[], object]) -> None:
+    def fill(
+        self,
+        gate_FD: Tensor,
+        up_FD: Tensor,
+        down_DF: Tensor,
+        bias_2F: Tensor | None = None,
+        after_each: Callable[[], object] = lambda: None,
+    ) -> None:
         """Copy an expert's weights from the checkpoint's tensors to where they belong, one matrix after the other."""
         pieces: list[tuple[slice, Piece]] = []
         for a, b in pairwise(self.cuts):
             flat = self.device if b <= self.gg else self.host_run(a, b)
             pieces.append((slice(a, b), piece_views(flat, self.d_model, b - a)))
-        for columns, (gate_up, _) in pieces:
+        for columns, (gate_up, _, _) in pieces:
             gate_up[: gate_up.shape[0] // 2].copy_(gate_FD[columns])
         after_each()
-        for columns, (gate_up, _) in pieces:
+        for columns, (gate_up, _, _) in pieces:
             gate_up[gate_up.shape[0] // 2 :].copy_(up_FD[columns])
         after_each()
-        for columns, (_, down) in pieces:
+        for columns, (_, down, _) in pieces:
             down.copy_(down_DF[:, columns])
         after_each()
+        for columns, (_, _, bias) in pieces:
+            if bias is not None and bias_2F is not None:
+                bias.view(2, -1).copy_(bias_2F.view(2, -1)[:, columns])
 
 
 @dataclass(frozen=True)
@@ -145,9 +155,9 @@ class WeightStore:
         return sum(e.host.nbytes for la in self.layers for e in la.experts)
 
 
-def cached_run(cache: Sequence[Tensor], part: Part, d_model: int) -> Tensor:
-    """The run of the expert cache that holds a part."""
-    return cache[part.cached][: (part.stop - part.start) * 3 * d_model]
+def cached_run(cache: Sequence[Tensor], part: Part, width: int) -> Tensor:
+    """The run of the expert cache that holds a part, of columns of so many elements."""
+    return cache[part.cached][: (part.stop - part.start) * width]
 
 
 def allocate(spec: ModelSpec, plan: Plan, device: Device) -> WeightStore:
@@ -155,7 +165,7 @@ def allocate(spec: ModelSpec, plan: Plan, device: Device) -> WeightStore:
     dtype: torch.dtype = getattr(torch, spec.dtype)
     layers = []
     for i, layer in enumerate(spec.layers):
-        width, gg = 3 * spec.d_model, plan.layers[i].gg
+        width, gg = spec.column_elements(i), plan.layers[i].gg
         host = host_columns(spec, plan, i)
         slab = device.host_slab(sum(host) * width, dtype, plan.pinned)
         resident = device.allocate(sum(gg) * width, dtype, "GG weights")
@@ -164,6 +174,7 @@ def allocate(spec: ModelSpec, plan: Plan, device: Device) -> WeightStore:
         for g, h in zip(gg, host, strict=True):
             store = ExpertStore(
                 spec.d_model,
+                width,
                 g,
                 cuts(layer.ffn.columns, g, sent),
                 resident[at_device : at_device + g * width],
@@ -197,7 +208,8 @@ def fill_cache(spec: ModelSpec, plan: Plan, store: WeightStore) -> None:
     for layer, expert in state.contents:
         gg, columns = plan.layers[layer].gg[expert], spec.layers[layer].ffn.columns
         part = Part(expert, gg, columns, 0, state.slot(layer, expert) or 0)
-        cached_run(store.cache, part, spec.d_model).copy_(store.layers[layer].experts[expert].host_run(gg, columns))
+        home = store.layers[layer].experts[expert]
+        cached_run(store.cache, part, home.width).copy_(home.host_run(gg, columns))
 
 
 def trim_heap() -> None:

@@ -24,8 +24,9 @@ from hwmodels.profile import COMPUTERS, Contention, Curve, Resource
 from hwmodels.together import Tokens, together
 from hwmodels.work import Work
 from runtime import native
+from runtime.activation import Activation
 from runtime.devices.base import Body, Device
-from runtime.ops import Activation, Piece, gated_mlp, piece_views, routed_mlp
+from runtime.ops import Piece, gated_mlp, piece_views, routed_mlp
 from runtime.rounds import Case, Effort, InRounds, Progress, in_rounds
 from runtime.synthetic import fill_small
 from runtime.words import mlp_words, takes_words
@@ -55,7 +56,7 @@ _KIND: dict[Resource, Kind] = {"CPU": "cc", "GPU": "gg", "H2D": "send", "D2H": "
 
 def pool_bytes(spec: ModelSpec) -> int:
     """Bytes of weights of which every task takes others; a bench has up to three such pools."""
-    one = max(3 * spec.d_model * layer.ffn.columns for layer in spec.layers)
+    one = max(spec.column_elements(i) * layer.ffn.columns for i, layer in enumerate(spec.layers))
     cached = min(cache_bytes(), int(read_machine().ram_bytes * _SPARE_SHARE))
     return max(_POOL_BYTES, cached, 2 * one * spec.dtype_bytes)
 
@@ -67,7 +68,7 @@ class MicroBench:
         self.spec, self.device, self.act = spec, device, act
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.layer = max(range(spec.n_layers), key=lambda i: spec.layers[i].ffn.n_experts)
-        self.columns = spec.layers[self.layer].ffn.columns
+        self.columns, self.width = spec.layers[self.layer].ffn.columns, spec.column_elements(self.layer)
         n_elements = pool_bytes(spec) // self.dtype.itemsize
         self.host = fill_small(device.host_slab(n_elements, self.dtype, pinned=True))
         self.resident = fill_small(device.allocate(n_elements, self.dtype, "micro-benchmark weights"))
@@ -159,7 +160,7 @@ class MicroBench:
         """
         ffn = self.spec.layers[self.layer].ffn
         n_experts = min(ffn.n_experts, max(_TOGETHER, 2 * ffn.top_k))
-        size = 3 * self.spec.d_model * self.columns
+        size = self.width * self.columns
         if n_experts < 2 * ffn.top_k or 2 * n_experts * size > self.host.numel():
             return
         generator = torch.Generator().manual_seed(0)
@@ -175,7 +176,7 @@ class MicroBench:
         x = torch.randn(n_rows, self.spec.d_model, dtype=self.dtype).to(pool.device)
         placed = [own.to(pool.device) for own in rows]
         weights = [torch.ones(len(own), dtype=x.dtype, device=x.device) for own in rows]
-        size = 3 * self.spec.d_model * columns
+        size = self.width * columns
 
         def next_body() -> Body:
             pieces = [[piece_views(self._unread(pool, size), self.spec.d_model, columns)] for _ in rows]
@@ -187,7 +188,7 @@ class MicroBench:
     def _ffn_bodies(self, resource: Resource, n_tokens: int, columns: int) -> NextBody:
         pool = self.host if resource == "CPU" else self.resident
         x = torch.randn(n_tokens, self.spec.d_model, dtype=self.dtype).to(pool.device)
-        size = 3 * self.spec.d_model * columns
+        size = self.width * columns
 
         def next_body() -> Body:
             pieces = [piece_views(self._unread(pool, size), self.spec.d_model, columns)]

@@ -5,29 +5,28 @@ Letters: S rows (tokens), D model width, C columns of the part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from runtime import native
+from runtime.activation import Activation, gated
 from runtime.native import Piece as Piece
 
-Activation = Callable[[Tensor], Tensor]
-
-
 def piece_views(flat: Tensor, d_model: int, columns: int) -> Piece:
-    """The two matrices of a piece stored as gate | up | down in 3 * D * C consecutive elements.
+    """The matrices of a piece stored as gate | up | down in 3 * D * C consecutive elements; behind them 2 * C biases.
 
-    gate_up [2C, D] (gate rows, then up rows) and down [D, C], both contiguous.
+    gate_up [2C, D] (gate rows, then up rows) and down [D, C], both contiguous; bias [2C], or None where flat ends.
     """
-    split = 2 * columns * d_model
-    return flat[:split].view(2 * columns, d_model), flat[split : split + columns * d_model].view(d_model, columns)
+    split, end = 2 * columns * d_model, 3 * columns * d_model
+    bias = flat[end : end + 2 * columns] if flat.numel() > end else None
+    return Piece(flat[:split].view(2 * columns, d_model), flat[split:end].view(d_model, columns), bias)
 
 
 def gated_mlp(x_SD: Tensor, pieces: Sequence[Piece], act: Activation) -> Tensor:
-    """Sum over pieces of (act(x @ gate.T) * (x @ up.T)) @ down.T: partial output [S, D]."""
+    """Sum over pieces of gated(act, x @ gate.T, x @ up.T) @ down.T: partial output [S, D]. Biases are added to products."""
     kernel, code = native.kernel(), native.activation_code(act)
     if kernel is None or code is None or native.leaves_to_torch(x_SD.dtype, x_SD.shape[0]):
         return torch_gated_mlp(x_SD, pieces, act)
@@ -56,9 +55,9 @@ def routed_mlp(
 def torch_gated_mlp(x_SD: Tensor, pieces: Sequence[Piece], act: Activation) -> Tensor:
     """gated_mlp by torch: values rounded to x's dtype after every step."""
     out: Tensor | None = None
-    for gate_up, down in pieces:
-        gate, up = linear(x_SD, gate_up).chunk(2, dim=-1)
-        part = linear(act(gate) * up, down)
+    for gate_up, down, bias in pieces:
+        gate, up = linear(x_SD, gate_up, bias).chunk(2, dim=-1)
+        part = linear(gated(act, gate, up), down)
         out = part if out is None else out.add_(part)
     assert out is not None, "a part has at least one piece"
     return out

@@ -16,12 +16,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
 from hwmodels.errors import ExecutionError, PlanError
 from hwmodels.schema import to_json
 from hwmodels.units import format_bytes
-from runtime.adapter import Adapter, FfnKind
+from runtime.adapter import Adapter, FfnKind, activation_of
 from runtime.bound import BoundModel
 from runtime.checkpoint import Checkpoint, read_config
 from runtime.devices import Device, open_device
@@ -213,7 +212,7 @@ def assemble(folder: Path, spec: ModelSpec, plan: Plan, device: Device, fill: Fi
         _audit(need, store)
         planned = _adopt(model)
         planned.process = os.getpid()
-        planned.executor = Executor(spec, plan, device, store, ACT2FN[model.config.hidden_act])
+        planned.executor = Executor(spec, plan, device, store, activation_of(model.config.to_dict()))
         planned.device_memory = need
         planned.last_timeline, planned.last_routing = None, None
         # Training with gradient checkpointing leaves "use_cache": false in configs; a plan is of steps over a cache.
@@ -234,8 +233,10 @@ def assemble(folder: Path, spec: ModelSpec, plan: Plan, device: Device, fill: Fi
 
 def _make_ffn(spec: ModelSpec) -> Callable[[int, FfnKind, nn.Module], nn.Module]:
     def make(layer: int, kind: FfnKind, original: nn.Module) -> nn.Module:
-        del original
-        return PartitionedMlp(layer) if kind == "dense" else PartitionedExperts(layer, spec.layers[layer].ffn.n_experts)
+        if kind == "dense":
+            return PartitionedMlp(layer)
+        down_proj_bias = original._parameters.get("down_proj_bias")
+        return PartitionedExperts(layer, spec.layers[layer].ffn.n_experts, down_proj_bias)
 
     return make
 

@@ -67,6 +67,7 @@ def _build(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     attention.register()
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        vars(config).pop("quantization_config", None)  # our own reader gives what the numbers stand for
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, attn_implementation=attention.NAME

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from runtime import native
+from runtime.activation import Activation
 from runtime.binding import LayerBinding
 from runtime.devices.base import Body, Device
 from runtime.memory import LayerStore
 from runtime.native.queues import NativeBody, adding, computing
-from runtime.ops import Activation
 from sim.graph import Task
 
 

@@ -168,6 +168,7 @@ def _ffn(config: Config, routed: bool) -> FfnSpec:
         _MATRICES.get(config.family, 3),
         shared_columns=_shared_columns(config),
         width=latent or None,
+        column_biases=2 if config.family == "gpt_oss" else 0,
     )
 
 
@@ -206,7 +207,7 @@ def _beside_experts(config: Config, ffn: FfnSpec, d_model: int) -> int:
     if ffn.width is not None:
         params += 2 * d_model * ffn.width + (ffn.width if config.flag("latent_moe_use_norm") else 0)
     if config.family == "gpt_oss":
-        params += ffn.n_experts * (1 + 2 * ffn.columns + d_model)
+        params += ffn.n_experts * (1 + d_model)  # the router's and down's; gate's and up's belong to columns
     if config.family == "gemma4_text":  # three more norms; scales of the router
         params += 4 * d_model + ffn.n_experts
     return params

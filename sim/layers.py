@@ -94,7 +94,7 @@ class FfnSpec:
     A dense MLP is one expert that every token uses. Shared experts and a dense MLP beside the routed ones
     (`shared_columns`) run for every token and stay with the attention part of the layer: they are neither cut
     nor routed. n_matrices is 3, or 2 without a gate; width is that of the experts' input where it is not the
-    model's.
+    model's; column_biases are numbers that belong to a column beside its weights, and move with them.
     """
 
     n_experts: int
@@ -103,6 +103,7 @@ class FfnSpec:
     n_matrices: int = 3
     shared_columns: int = 0
     width: int | None = None
+    column_biases: int = 0
 
     @property
     def is_moe(self) -> bool:

@@ -39,11 +39,12 @@ class ModelSpec:
     @cached_property
     def id(self) -> str:
         """Twelve hex digits of the sizes (not of the name)."""
-        layers = [
-            # Without such numbers an id is that of releases which did not know them: their plans and profiles hold.
-            {key: value for key, value in dataclasses.asdict(layer).items() if key != "float32_params" or value}
-            for layer in self.layers
-        ]
+        layers = [dataclasses.asdict(layer) for layer in self.layers]
+        # Without such numbers an id is that of releases which did not know them: their plans and profiles hold.
+        for layer in layers:
+            for owner, key in ((layer, "float32_params"), (layer["ffn"], "column_biases")):
+                if not owner[key]:
+                    del owner[key]
         return digest([self.family, self.d_model, self.vocab, layers, self.dtype, self.tied_embeddings])
 
     @property
@@ -61,10 +62,14 @@ class ModelSpec:
         """Whether any layer routes tokens to experts."""
         return any(layer.ffn.is_moe for layer in self.layers)
 
-    def column_bytes(self, layer: int) -> int:
-        """Weight bytes of one intermediate column of one expert of a layer."""
+    def column_elements(self, layer: int) -> int:
+        """Weights and biases of one intermediate column of one expert of a layer."""
         ffn = self.layers[layer].ffn
-        return ffn.n_matrices * (ffn.width or self.d_model) * self.dtype_bytes
+        return ffn.n_matrices * (ffn.width or self.d_model) + ffn.column_biases
+
+    def column_bytes(self, layer: int) -> int:
+        """Their bytes."""
+        return self.column_elements(layer) * self.dtype_bytes
 
     def ffn_bytes(self, layer: int) -> int:
         """Weight bytes of all experts of a layer: what a plan may place."""
@@ -96,10 +101,8 @@ class ModelSpec:
     def n_params(self) -> int:
         """All parameters, a tied embedding counted once."""
         layers = sum(
-            la.attention.n_params
-            + la.other_params
-            + la.ffn.n_experts * la.ffn.columns * la.ffn.n_matrices * (la.ffn.width or self.d_model)
-            for la in self.layers
+            la.attention.n_params + la.other_params + la.ffn.n_experts * la.ffn.columns * self.column_elements(i)
+            for i, la in enumerate(self.layers)
         )
         head = self.head_params - (self.vocab * self.d_model if self.tied_embeddings else 0)
         return layers + self.vocab * self.d_model + head

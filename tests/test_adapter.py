@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hwmodels.errors import CheckpointError, ModelError
-from runtime.adapter import EMBEDDING, HEAD, Adapter, FfnKind
+from runtime.activation import Activation, ClampedGlu, gated
+from runtime.adapter import EMBEDDING, HEAD, Adapter, FfnKind, FfnWeights
 from runtime.checkpoint import SINGLE_NAME, Checkpoint, read_config
 from runtime.ffn import kwargs_elsewhere
 from runtime.skeleton import LoadReport, build_skeleton, decoder_layers, load_rest
@@ -30,8 +31,11 @@ class PlainFfn(nn.Module):
 
     def __init__(self, layer: int, kind: FfnKind, original: nn.Module) -> None:
         super().__init__()
-        self.layer, self.kind, self.act = layer, kind, original.get_submodule("act_fn")
-        self.weights: list[tuple[torch.Tensor, ...]] = []
+        self.layer, self.kind = layer, kind
+        self.act: Activation = original._modules.get("act_fn") or ClampedGlu()
+        self.weights: list[FfnWeights] = []
+        if "down_proj_bias" in original._parameters:
+            self.down_proj_bias = original.down_proj_bias
 
     def forward(
         self, x: torch.Tensor, index: torch.Tensor | None = None, scale: torch.Tensor | None = None
@@ -45,9 +49,12 @@ class PlainFfn(nn.Module):
         return out
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        gate, up, down = self.weights[expert]
-        hidden: torch.Tensor = self.act(x @ gate.T) * (x @ up.T)
-        return hidden @ down.T
+        gate, up, down, bias = self.weights[expert]
+        if bias is None:
+            return gated(self.act, x @ gate.T, x @ up.T) @ down.T
+        of_gate, of_up = bias.chunk(2)
+        hidden = gated(self.act, x @ gate.T + of_gate, x @ up.T + of_up)
+        return hidden @ down.T + self.down_proj_bias[expert]
 
 
 def load_plain(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, LoadReport]:
@@ -207,7 +214,7 @@ def test_the_model_is_ready_for_inference_and_knows_its_folder(tiny_checkpoint: 
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert model.name_or_path == str(folder)
-    assert model.config._attn_implementation == "scheinfer_sdpa"  # runtime.attention
+    assert model.config._attn_implementation == "scheinfer_attention"  # runtime.attention
     assert model.generation_config.eos_token_id == 2
 
 

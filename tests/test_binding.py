@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 from runtime.binding import LayerBinding, send_pairs
 from runtime.devices.emulated import EmulatedDevice, Link
 from runtime.memory import Slots, fill_cache
-from runtime.ops import gated_mlp, routed_mlp
+from runtime.ops import Piece, gated_mlp, routed_mlp
 from runtime.routing import Routed
 from sim.compile import StepCompiler
 from sim.graph import Part, Task
@@ -77,7 +77,7 @@ def test_a_layers_tasks_in_any_allowed_order_make_its_mlp(
     slots = store.slots[compiler.tier]
     for task in compiler.begin():
         if task.kind == "send":
-            device.copy(send_pairs(store.layers[task.layer], slots, task, 3 * D), pinned=True)
+            device.copy(send_pairs(store.layers[task.layer], slots, task), pinned=True)
     for i, layer in enumerate(store.layers):
         x, chosen = rows(n_tokens, seed), choice(spec, i, n_tokens, seed)
         routed = Routed.of(*chosen, spec.layers[i].ffn.n_experts) if chosen else None
@@ -101,7 +101,7 @@ def test_neighbouring_experts_are_sent_in_one_copy_and_others_apart(device: Emul
     def runs(gg: int | tuple[int, ...], parts: tuple[Part, ...]) -> list[int]:
         store, _ = filled(spec, uniform(spec, gg, ahead=12), device)
         send = Task("send", "send", "H2D", parts=parts, slot=0)
-        pairs = send_pairs(store.layers[0], slots, send, 3 * D)
+        pairs = send_pairs(store.layers[0], slots, send)
         assert all(target.shape == source.shape for target, source in pairs)
         return [source.numel() // (3 * D) for _, source in pairs]
 
@@ -120,7 +120,7 @@ def test_what_is_sent_arrives(device: EmulatedDevice) -> None:
     store, _ = filled(spec, uniform(spec, 3, ahead=5), device)
     slots = store.slots[uniform(spec, 3, ahead=5).tiers[0]]
     parts = tuple(Part(e, 3, 8, 1) for e in range(4))
-    device.copy(send_pairs(store.layers[0], slots, Task("send", "send", "H2D", parts=parts, slot=1), 3 * D), True)
+    device.copy(send_pairs(store.layers[0], slots, Task("send", "send", "H2D", parts=parts, slot=1)), True)
     for e in range(4):
         assert torch.equal(slots.run(1, e), store.layers[0].experts[e].host_run(3, 8))
 
@@ -130,14 +130,14 @@ def test_what_is_sent_arrives(device: EmulatedDevice) -> None:
 
 def test_a_cut_mlp_is_the_sum_of_its_pieces() -> None:
     x, gate_up, down = rows(3), rows(2 * 6, seed=1), rows(6, seed=2).T
-    whole = gated_mlp(x, [(gate_up, down)], silu)
+    whole = gated_mlp(x, [Piece(gate_up, down)], silu)
     first, second = (torch.cat([gate_up[a:b], gate_up[6 + a : 6 + b]]) for a, b in ((0, 2), (2, 6)))
-    torch.testing.assert_close(gated_mlp(x, [(first, down[:, :2]), (second, down[:, 2:])], silu), whole)
+    torch.testing.assert_close(gated_mlp(x, [Piece(first, down[:, :2]), Piece(second, down[:, 2:])], silu), whole)
 
 
 def test_tokens_without_an_expert_stay_zero() -> None:
     # two tokens, one expert that only the second goes to with weight 2: up = gate = down = 1 and act = identity
-    x, ones = torch.tensor([[1.0], [3.0]]), (torch.ones(2, 1), torch.ones(1, 1))
+    x, ones = torch.tensor([[1.0], [3.0]]), Piece(torch.ones(2, 1), torch.ones(1, 1))
     out = routed_mlp(x, [(torch.tensor([1]), torch.tensor([2.0]), [ones])], lambda t: t)
     assert out.tolist() == [[0.0], [18.0]]  # 2 * (3 * 3) * 1
 

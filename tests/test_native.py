@@ -73,7 +73,7 @@ def random_x(n_rows: int, d_model: int, dtype: torch.dtype, seed: int = 0) -> Te
 
 
 def doubled(pieces: Sequence[Piece]) -> list[Piece]:
-    return [(gate_up.double(), down.double()) for gate_up, down in pieces]
+    return [Piece(*(None if part is None else part.double() for part in piece)) for piece in pieces]
 
 
 def assert_near(y: Tensor, by_torch: Tensor, exact: Tensor) -> None:
@@ -160,7 +160,7 @@ def test_every_kind_of_half_precision_number_is_read_and_written(kernel, isa, va
     if isa not in kernel.isas:
         pytest.skip(f"this CPU has no {isa}")
     gate_up, down = torch.ones(2, 1).half(), torch.full((1, 1), value).half()
-    y = kernel.mlp(torch.full((1, 1), 30.0).half(), [(None, torch.tensor([1 / 900]), [(gate_up, down)])], 0, isa)
+    y = kernel.mlp(torch.full((1, 1), 30.0).half(), [(None, torch.tensor([1 / 900]), [Piece(gate_up, down)])], 0, isa)
     assert y.item() == torch.tensor(value).half().item()  # silu(30) * 30 = 900
 
 
@@ -181,9 +181,9 @@ def test_nothing_is_read_beyond_weights_and_rows(kernel, isa, n_rows, d_model, c
     if isa not in kernel.isas:
         pytest.skip(f"this CPU has no {isa}")
     x = at_the_end(random_x(n_rows, d_model, torch.bfloat16))
-    gate_up, down = map(at_the_end, random_piece(d_model, columns, torch.bfloat16, 1))
-    y = kernel.mlp(x, [(None, None, [(gate_up, down)])], 0, isa)
-    assert torch.equal(y, kernel.mlp(x.clone(), [(None, None, [(gate_up.clone(), down.clone())])], 0, isa))
+    gate_up, down = map(at_the_end, random_piece(d_model, columns, torch.bfloat16, 1)[:2])
+    y = kernel.mlp(x, [(None, None, [Piece(gate_up, down)])], 0, isa)
+    assert torch.equal(y, kernel.mlp(x.clone(), [(None, None, [Piece(gate_up.clone(), down.clone())])], 0, isa))
     projected = kernel.linear(x, gate_up, None, isa)
     assert torch.equal(projected, kernel.linear(x.clone(), gate_up.clone(), None, isa))
 
@@ -278,13 +278,13 @@ def test_small_experts_of_a_layer_are_one_native_call(taken):
 
 
 def test_what_the_kernel_does_not_know_torch_computes(taken):
-    x, (gate_up, down) = random_x(2, 16, torch.float32), random_piece(16, 8, torch.float32, 0)
+    x, (gate_up, down, _) = random_x(2, 16, torch.float32), random_piece(16, 8, torch.float32, 0)
     gaps = (gate_up, torch.cat([down, down], dim=1)[:, :8])
     for act, pieces, own in (
-        (relu, [(gate_up, down)], x),
+        (relu, [Piece(gate_up, down)], x),
         (gelu, [gaps], x),
-        (silu, doubled([(gate_up, down)]), x.double()),
-        (silu, [(gate_up, down)], x.clone().requires_grad_()),
+        (silu, doubled([Piece(gate_up, down)]), x.double()),
+        (silu, [Piece(gate_up, down)], x.clone().requires_grad_()),
     ):
         assert torch.equal(gated_mlp(own, pieces, act), torch_gated_mlp(own, pieces, act))
     assert taken == []

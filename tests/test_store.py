@@ -158,5 +158,5 @@ def test_tiers_share_one_region_cut_anew_for_each(device: EmulatedDevice) -> Non
 def test_a_store_of_nothing_takes_nothing() -> None:
     store = WeightStore((LayerStore(()),), {})
     assert store.device_bytes == store.host_bytes == 0
-    empty = ExpertStore(D, 0, (0, 4), torch.empty(0), torch.zeros(4 * 3 * D))
+    empty = ExpertStore(D, 3 * D, 0, (0, 4), torch.empty(0), torch.zeros(4 * 3 * D))
     assert empty.resident() == []

@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 
 from hwmodels.errors import KernelError
 from runtime import native
-from runtime.native import Kernel
+from runtime.native import Kernel, Piece
 from runtime.ops import torch_gated_mlp, torch_routed_mlp
 from tests.test_native import ENOUGH, assert_near, at_the_end, doubled, random_piece, random_x
 
@@ -110,10 +110,10 @@ def test_a_row_has_the_same_bits_among_any_number_of_tokens(kernel: Kernel, leng
 @pytest.mark.parametrize(("n_tokens", "d_model", "columns"), [(9, 513, 33), (37, 1055, 64), (300, 545, 545)])
 def test_nothing_is_read_beyond_long_rows(kernel: Kernel, isa: str, n_tokens: int, d_model: int, columns: int) -> None:
     x = at_the_end(random_x(n_tokens, d_model, BF16))
-    gate_up, down = map(at_the_end, random_piece(d_model, columns, BF16, 1))
-    found = kernel.mlp(x, [(None, None, [(gate_up, down)])], 0, isa), kernel.linear(x, gate_up, None, isa)
+    gate_up, down = map(at_the_end, random_piece(d_model, columns, BF16, 1)[:2])
+    found = kernel.mlp(x, [(None, None, [Piece(gate_up, down)])], 0, isa), kernel.linear(x, gate_up, None, isa)
     x, gate_up, down = x.clone(), gate_up.clone(), down.clone()
-    again = kernel.mlp(x, [(None, None, [(gate_up, down)])], 0, isa), kernel.linear(x, gate_up, None, isa)
+    again = kernel.mlp(x, [(None, None, [Piece(gate_up, down)])], 0, isa), kernel.linear(x, gate_up, None, isa)
     assert all(map(torch.equal, found, again))
 
 
@@ -170,7 +170,7 @@ def test_a_row_has_the_same_bits_in_any_small_step(kernel: Kernel) -> None:
     tiny = torch.tensor([1e-40, -3e-39, 2e-38, 1e-20, 3e38, 1.0], dtype=BF16)
     x = torch.cat([x, tiny[torch.randint(6, (8, 90), generator=torch.Generator().manual_seed(1))]], 1)
     weight = torch.cat([weight, tiny[torch.randint(5, (40, 90), generator=torch.Generator().manual_seed(2))]], 1)
-    pieces = [(torch.cat([weight, weight.flip(0)]), weight_of(x.shape[1], 40, 3))]
+    pieces = [Piece(torch.cat([weight, weight.flip(0)]), weight_of(x.shape[1], 40, 3))]
     alone = [(kernel.linear(r[None], weight, None), kernel.mlp(r[None], [(None, None, pieces)], 0)) for r in x]
     for n in range(2, ENOUGH):
         together = kernel.linear(x[-n:], weight, None), kernel.mlp(x[-n:], [(None, None, pieces)], 0)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 LATENT = ("deepseek_v2", "deepseek_v3")
-FAMILIES = (*DENSE, "mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", *LATENT)
+FAMILIES = (*DENSE, "mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", *LATENT, "gpt_oss")
 
 # Sizes are all different, so that no two can be mistaken for each other.
 _COMMON: dict[str, Any] = {
@@ -65,6 +65,13 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "phimoe": {"num_local_experts": 5, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
     "deepseek_v2": {**_DEEPSEEK, "q_lora_rank": None, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**_DEEPSEEK, "q_lora_rank": 22},
+    "gpt_oss": {
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
 }
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +25,19 @@ from torch.nn import functional
 
 from hwmodels.errors import ExecutionError, KernelError
 from hwmodels.machine import Finding, read_machine
+from runtime.activation import ClampedGlu
 from runtime.native.layer import ForwardWords, LayersWords, LayerWords, declare
 
 LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16", "AMX_BF16")
 """Instruction sets that the kernel is compiled for, the best last."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE, _NOT_OURS = 15, 3
+_INTERFACE, _NOT_OURS = 16, 3
 MOST_WIDTH = 256
 """Of a head in a prompt's attention."""
 _AMX_ROWS = 32  # as many as AMX computes in the time of one
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SILU, _GELU_TANH, _GELU_ERF = range(3)
+_SILU, _GELU_TANH, _GELU_ERF, _CLAMPED_GLU = range(4)
 _ACTIVATIONS = {
     "SiLU": _SILU,
     "SiLUActivation": _SILU,
@@ -45,7 +47,16 @@ _ACTIVATIONS = {
     "GELUActivation": _GELU_ERF,
 }
 _own = threading.local()
-Piece = tuple[Tensor, Tensor]
+
+
+class Piece(NamedTuple):
+    """Columns of an MLP: gate rows, then up rows [2C, D]; down [D, C]; what gate and up begin with [2C], if anything."""
+
+    gate_up: Tensor
+    down: Tensor
+    bias: Tensor | None = None
+
+
 Expert = tuple[Tensor | None, Tensor | None, Sequence[Piece]]
 """Row numbers (all rows if None), a weight for each (ones if None), pieces of columns."""
 
@@ -205,11 +216,17 @@ def expert_words(n_rows: int, experts: Iterable[Expert]) -> tuple[int, array[int
     words, n_experts = array("q"), 0
     for rows, weights, pieces in experts:
         words.extend((_address(rows), _address(weights), n_rows if rows is None else rows.shape[0], len(pieces)))
-        for gate_up, down in pieces:
-            up = gate_up.data_ptr() + gate_up.nbytes // 2
-            words.extend((gate_up.data_ptr(), up, down.data_ptr(), down.shape[1]))
+        for piece in pieces:
+            words.extend(piece_words(piece))
         n_experts += 1
     return n_experts, words
+
+
+def piece_words(piece: Piece) -> tuple[int, int, int, int, int]:
+    """Gate, up, down, columns and bias of a piece as mlp.cpp reads them."""
+    gate_up, down, bias = piece
+    gate = gate_up.data_ptr()
+    return gate, gate + gate_up.nbytes // 2, down.data_ptr(), down.shape[1], _address(bias)
 
 
 def codes(kernel: Kernel, dtype: torch.dtype, act: int) -> tuple[int, int, int]:
@@ -296,6 +313,8 @@ def activation_code(act: object) -> int | None:
         return _SILU
     if act is functional.gelu:
         return _GELU_ERF
+    if isinstance(act, ClampedGlu):
+        return _CLAMPED_GLU if act == ClampedGlu() else None
     if isinstance(act, nn.GELU):
         return _GELU_TANH if act.approximate == "tanh" else _GELU_ERF
     return _ACTIVATIONS.get(type(act).__name__)
@@ -321,10 +340,8 @@ def takes(x_SD: Tensor, pieces: Sequence[Piece]) -> bool:
     dtype = x_SD.dtype
     if x_SD.device.type != "cpu" or dtype not in _DTYPES or (x_SD.requires_grad and torch.is_grad_enabled()):
         return False
-    return all(
-        gate_up.dtype == dtype and down.dtype == dtype and gate_up.is_contiguous() and down.is_contiguous()
-        for gate_up, down in pieces
-    )
+    parts = (tensor for piece in pieces for tensor in piece if tensor is not None)
+    return all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in parts)
 
 
 def holds(*tensors: Tensor) -> bool:

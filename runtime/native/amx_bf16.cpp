@@ -207,22 +207,33 @@ inline __m512 act_of(__m512 v) {
 }
 
 template <int ACT>
-void activate_as(const float* sums, int part, int64_t n, char* pairs) {
+inline __m512 gated(__m512 gate, __m512 up) {
+  if constexpr (ACT != CLAMPED_GLU) return _mm512_mul_ps(act_of<ACT>(gate), up);
+  const __m512 most = _mm512_set1_ps(7.0f), one = _mm512_set1_ps(1.0f);
+  gate = _mm512_min_ps(most, gate);  // in this order NaN remains
+  up = _mm512_max_ps(_mm512_set1_ps(-7.0f), _mm512_min_ps(most, up));
+  const __m512 steep = exp_of(_mm512_mul_ps(_mm512_set1_ps(-1.702f), gate));
+  return _mm512_mul_ps(over(gate, _mm512_add_ps(one, steep)), _mm512_add_ps(up, one));
+}
+
+template <int ACT>
+void activate_as(const float* sums, int part, int64_t n, const float* bias, char* pairs) {
   constexpr int64_t EACH = HALF / FINISHES;
-  const float* up = sums + HALF * SIDE;
-  const auto column = [=](int64_t c) {
-    if (c >= n) return _mm512_setzero_ps();
-    return _mm512_mul_ps(act_of<ACT>(_mm512_load_ps(sums + c * SIDE)), _mm512_load_ps(up + c * SIDE));
+  const auto row = [=](int64_t r) {
+    const __m512 sum = _mm512_load_ps(sums + r * SIDE);
+    return bias ? _mm512_add_ps(sum, _mm512_set1_ps(bias[r])) : sum;
   };
+  const auto column = [=](int64_t c) { return c < n ? gated<ACT>(row(c), row(HALF + c)) : _mm512_setzero_ps(); };
   for (int64_t c = part * EACH; c < (part + 1) * EACH; c += 2)
     _mm512_store_si512(pairs + c / 2 * LINE, pairs_of(column(c), column(c + 1)));
 }
 
-void activate(const float* sums, int part, int64_t n, int act, void* pairs) {
+void activate(const float* sums, int part, int64_t n, int act, const float* bias, void* pairs) {
   char* to = static_cast<char*>(pairs);
-  if (act == SILU) return activate_as<SILU>(sums, part, n, to);
-  if (act == GELU_TANH) return activate_as<GELU_TANH>(sums, part, n, to);
-  activate_as<GELU_ERF>(sums, part, n, to);
+  if (act == SILU) return activate_as<SILU>(sums, part, n, bias, to);
+  if (act == GELU_TANH) return activate_as<GELU_TANH>(sums, part, n, bias, to);
+  if (act == CLAMPED_GLU) return activate_as<CLAMPED_GLU>(sums, part, n, bias, to);
+  activate_as<GELU_ERF>(sums, part, n, bias, to);
 }
 
 static_assert(FINISHES * SIDE == STRIP_ROWS, "a part of a strip's rows is a tile");

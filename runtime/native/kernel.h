@@ -9,7 +9,7 @@
 namespace scheinfer {
 
 enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2 };
-enum Act : int { SILU = 0, GELU_TANH = 1, GELU_ERF = 2 };
+enum Act : int { SILU = 0, GELU_TANH = 1, GELU_ERF = 2, CLAMPED_GLU = 3 };
 enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, AMX_BF16 = 4, N_ISA = 5 };
 
 constexpr int ROWS = 4;      // rows of W that a tile takes at once; work is cut at multiples of it
@@ -81,8 +81,9 @@ struct TileKernels {
   // Up to SIDE tokens' rows as a block of those at x; zeros for what is missing.
   void (*pack)(const void* const* rows, int64_t n_rows, int64_t K, int64_t block, int64_t n_blocks, void* x);
   void (*multiply)(const StripProduct& product);
-  // A part of a strip of gate and up rows: columns of h as 16 pairs of a block; zeros from n columns on.
-  void (*activate)(const float* sums, int part, int64_t n, int act, void* pairs);
+  // A part of a strip of gate and up rows: columns of h as 16 pairs of a block; zeros from n columns on. bias: what is
+  // added to each of the strip's rows, or null.
+  void (*activate)(const float* sums, int part, int64_t n, int act, const float* bias, void* pairs);
   // Adds a part of n_rows of a strip to rows of sums, times their weights (ones if null).
   void (*add)(const float* sums, int part, int64_t n_rows, int64_t n_tokens, const float* weights, float* const* rows);
   // A part of sums plus bias, rounded.
@@ -98,7 +99,7 @@ struct Kernels {
                int64_t out_stride, const void* later, float* scratch);
   // One row of activations, n values and zeros up to a multiple of PAD, from weights' dtype.
   void (*load_row)(const void* from, int64_t n, void* to);
-  // to[i] = act(gate[i]) * up[i], as activations.
+  // to[i] = act(gate[i]) * up[i], or what CLAMPED_GLU makes of both, as activations.
   void (*activate)(const float* gate, const float* up, int64_t n, int act, void* to);
   void (*store_row)(const float* from, int64_t n, void* to);
   void (*widen_row)(const void* from, int64_t n, float* to);

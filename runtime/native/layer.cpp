@@ -202,7 +202,7 @@ void share(const Call& call) {
   const Layer& l = call.l;
   std::vector<float> gates(call.other, call.other + call.S);
   call.mlp(call.shared, 1, {0, 0, call.S, 1, word(l.shared_gate), word(l.shared_up), word(l.shared_down),
-                            l.shared_columns});
+                            l.shared_columns, 0});
   for (float& v : gates) v = 1.0f / (1.0f + expf(-v));
   call.k->store_row(gates.data(), call.S, call.gate);
   call.k->widen_row(call.gate, call.S, gates.data());
@@ -227,11 +227,11 @@ void experts(const Call& call, const Choice& choice) {
     const int64_t n_rows = l.router ? int64_t(choice.rows[size_t(e)].size()) : call.S;
     l.counts[e] = n_rows;
     if (!n_rows) continue;
-    const int64_t* pieces = l.experts + e * 4 * l.n_pieces;
+    const int64_t* pieces = l.experts + e * 5 * l.n_pieces;
     if (l.router) words.insert(words.end(), {word(choice.rows[size_t(e)].data()), word(choice.weights[size_t(e)].data())});
     else words.insert(words.end(), {0, 0});
     words.insert(words.end(), {n_rows, l.n_pieces});
-    words.insert(words.end(), pieces, pieces + 4 * l.n_pieces);
+    words.insert(words.end(), pieces, pieces + 5 * l.n_pieces);
     n++;
   }
   call.mlp(call.part, n, words);

@@ -14,7 +14,7 @@ struct Layer {
   const void *output, *output_bias;
   const void* router;  // null for a dense MLP: one expert for all rows
   int64_t n_experts, top_k, normalises, rounds, n_pieces;  // rounds: weights of experts, to dtype
-  const int64_t* experts;  // gate, up, down, columns of each piece of each expert
+  const int64_t* experts;  // gate, up, down, columns and bias of each piece of each expert
   const void *shared_gate, *shared_up, *shared_down, *shared_weight;  // null: no expert for all rows beside those chosen
   int64_t shared_columns;
   // What changes from call to call.

@@ -1,6 +1,6 @@
 // One call: the parts of a layer's MLPs or experts that the CPU computes, for all rows at once.
 //
-//   h[t][c] = act(x[t] . gate[c]) * (x[t] . up[c])          for every piece, columns shared out between threads
+//   h[t][c] = act(x[t] . gate[c]) * (x[t] . up[c])          for every piece, biases added to both products, columns shared out between threads
 //   y[row(t)][d] += weight(t) * (h[t] . down[d])            rows of down shared out; experts in the order given
 //
 // Sums are float32 from weights to y, which is rounded once. Activations h are float32, or bfloat16 where the CPU
@@ -27,6 +27,8 @@ void gate_and_up(void* context, int64_t index) {
   const int64_t size = call.k->activation_bytes, end = item.last == piece.columns ? up_to(item.last, PAD) : item.last;
   const Chunks chunks(call.k, item.expert->n_rows);
   const auto dots = dots_of(call.k, item.expert->n_rows);
+  float bias[2 * MOST_ROWS];
+  const float* const more = bias_of(call, piece, item.first, n, bias);
   for (int64_t i = 0; i < chunks.n(); i++) {
     const int64_t t0 = chunks.first(i), tokens = chunks.first(i + 1) - t0;
     const void* const* x = item.expert->x.data() + t0;
@@ -35,6 +37,7 @@ void gate_and_up(void* context, int64_t index) {
     dots(up, n, call.D, x, tokens, s.other, MOST_ROWS, i + 1 < chunks.n() ? nullptr : after(call, index), s.wide);
     for (int64_t t = 0; t < tokens; t++) {
       char* to = piece.h + (t0 + t) * piece.stride + item.first * size;
+      for (int64_t i = 0; more && i < n; i++) s.one[t * MOST_ROWS + i] += more[i], s.other[t * MOST_ROWS + i] += more[n + i];
       call.k->activate(s.one + t * MOST_ROWS, s.other + t * MOST_ROWS, n, call.act, to);
       for (char* p = to + n * size; p < to + (end - item.first) * size; p++) *p = 0;
     }
@@ -82,7 +85,7 @@ void down(void* context, int64_t index) {
     call.k->store_row(sums + s * n, n, call.y + (s * call.D + first) * call.weight_bytes);
 }
 
-// Experts as callers lay them down: rows, weights, n_rows, n_pieces, then gate, up, down, columns of each piece.
+// Experts as callers lay them down: rows, weights, n_rows, n_pieces, then gate, up, down, columns and bias of each piece.
 // Rows of x lie in `rows`, padded, but those of experts by tiles in x itself until they are packed.
 void read_experts(Call& call, const int64_t* words, int64_t n_experts, const char* x, const char* rows, int64_t stride) {
   call.experts.resize(size_t(n_experts));
@@ -97,7 +100,8 @@ void read_experts(Call& call, const int64_t* words, int64_t n_experts, const cha
       piece.up = reinterpret_cast<const char*>(words[1]);
       piece.down = reinterpret_cast<const char*>(words[2]);
       piece.columns = words[3];
-      words += 4;
+      piece.bias = reinterpret_cast<const char*>(words[4]);
+      words += 5;
     }
     expert.tiled = by_tiles(call.k, expert.n_rows);
     const char* from = expert.tiled ? x : rows;
@@ -181,7 +185,7 @@ using namespace scheinfer;
 extern "C" {
 
 // Counts changes of this interface: a library of other sources is not used.
-int scheinfer_interface() { return 15; }
+int scheinfer_interface() { return 16; }
 
 // Whether this CPU has an instruction set.
 int scheinfer_has(int isa) {

@@ -1,6 +1,7 @@
 // What a call of the kernel's MLPs holds, and its products by tiles.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "rows.h"
@@ -11,6 +12,7 @@ namespace {
 struct Piece {
   const char *gate, *up, *down;
   int64_t columns;
+  const char* bias;  // of each column's gate, then of each one's up; null: none
   char* h;
   int64_t stride;  // bytes between rows of h
 };
@@ -66,6 +68,16 @@ const char* after(const Call& call, int64_t index) {
   return then.last - then.first < now.last - now.first ? nullptr : then.piece->gate + then.first * call.D * call.weight_bytes;
 }
 
+// Biases of up to n of a piece's columns from the first on, each half of `to` of n: gate's, then up's; null if it has none.
+const float* bias_of(const Call& call, const Piece& piece, int64_t first, int64_t n, float* to) {
+  if (!piece.bias) return nullptr;
+  const int64_t left = piece.columns - first, some = left < n ? left : n;
+  if (some < n) std::fill_n(to, 2 * n, 0.0f);
+  for (int half = 0; half < 2 && some > 0; half++)
+    call.k->widen_row(piece.bias + (half * piece.columns + first) * call.weight_bytes, some, to + half * n);
+  return to;
+}
+
 // -- by tiles --------------------------------------------------------------------------------------------------------
 
 void pack_block(void* context, int64_t index) {
@@ -104,7 +116,9 @@ void gate_and_up_by_tiles(const Call& call, int64_t index) {
                              const int64_t first = item.first + strip * STRIP_ROWS / 2;
                              const int64_t at = packed_at(first, item.piece->columns, item.block + block,
                                                           blocks_of(item.expert->n_rows));
-                             call.k->tiles->activate(sums, part, item.last - first, call.act, item.piece->h + at);
+                             float bias[STRIP_ROWS];
+                             const float* more = bias_of(call, *item.piece, first, STRIP_ROWS / 2, bias);
+                             call.k->tiles->activate(sums, part, item.last - first, call.act, more, item.piece->h + at);
                            },
                            &columns});
 }

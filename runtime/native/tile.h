@@ -255,11 +255,19 @@ void load_row(const void* from, int64_t n, void* to) {
   for (int64_t i = n; i % PAD; i++) narrow(0.0f, target[i]);
 }
 
+inline float clamped_glu(float gate, float up) {
+  gate = gate > 7.0f ? 7.0f : gate;  // so that NaN remains
+  up = up > 7.0f ? 7.0f : up < -7.0f ? -7.0f : up;
+  return gate / (1.0f + exp_of(-1.702f * gate)) * (up + 1.0f);
+}
+
 template <class T>
 void activate(const float* gate, const float* up, int64_t n, int act, void* to) {
   auto* target = static_cast<typename T::Input*>(to);
   if (act == SILU)
     for (int64_t i = 0; i < n; i++) narrow(act_of(gate[i], SILU) * up[i], target[i]);
+  else if (act == CLAMPED_GLU)
+    for (int64_t i = 0; i < n; i++) narrow(clamped_glu(gate[i], up[i]), target[i]);
   else if (act == GELU_TANH)
     for (int64_t i = 0; i < n; i++) narrow(act_of(gate[i], GELU_TANH) * up[i], target[i]);
   else
