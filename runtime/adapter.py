@@ -9,7 +9,7 @@ qwen2_moe qwen3_moe layer.mlp        mlp.experts.E.{gate,up,down}_proj          
 olmoe               layer.mlp        as qwen3_moe                                every layer has experts
 deepseek_v2         layer.mlp        as qwen3_moe                                first layers dense, shared experts
 deepseek_v3         layer.mlp        as qwen3_moe                                and corrections of the router's scores
-gpt_oss             layer.mlp        mlp.experts.gate_up_proj [E, D, 2F]         gate and up take turns; biases; or MXFP4
+gpt_oss             layer.mlp        mlp.experts.gate_up_proj [E, D, 2F]         gate and up in turns; biases; or MXFP4
 
 Any of the MoE families may also be stored as transformers 5 keeps them in memory: all experts of a layer
 in `mlp.experts.gate_up_proj` [E, 2F, D] (gate rows first) and `mlp.experts.down_proj` [E, D, F].

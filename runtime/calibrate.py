@@ -30,7 +30,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-
 from hwmodels.calibrate import Part, fastest, merged, remarks
 from hwmodels.machine import fingerprint, read_machine
 from hwmodels.pool import pooled_part, uncertainty

@@ -15,6 +15,7 @@ from runtime import native
 from runtime.activation import Activation, gated
 from runtime.native import Piece as Piece
 
+
 def piece_views(flat: Tensor, d_model: int, columns: int) -> Piece:
     """The matrices of a piece stored as gate | up | down in 3 * D * C consecutive elements; behind them 2 * C biases.
 
@@ -26,7 +27,7 @@ def piece_views(flat: Tensor, d_model: int, columns: int) -> Piece:
 
 
 def gated_mlp(x_SD: Tensor, pieces: Sequence[Piece], act: Activation) -> Tensor:
-    """Sum over pieces of gated(act, x @ gate.T, x @ up.T) @ down.T: partial output [S, D]. Biases are added to products."""
+    """Sum over pieces of gated(act, x @ gate.T, x @ up.T) @ down.T: partial output [S, D]; biases added."""
     kernel, code = native.kernel(), native.activation_code(act)
     if kernel is None or code is None or native.leaves_to_torch(x_SD.dtype, x_SD.shape[0]):
         return torch_gated_mlp(x_SD, pieces, act)

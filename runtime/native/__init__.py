@@ -50,7 +50,7 @@ _own = threading.local()
 
 
 class Piece(NamedTuple):
-    """Columns of an MLP: gate rows, then up rows [2C, D]; down [D, C]; what gate and up begin with [2C], if anything."""
+    """Columns of an MLP: gate rows, then up rows [2C, D]; down [D, C]; their biases [2C], if they have any."""
 
     gate_up: Tensor
     down: Tensor
