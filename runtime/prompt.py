@@ -25,7 +25,7 @@ def mask(*, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
     where the last query sees the last key.
     """
     if _is_plain(q_length, kv_length, **kwargs):
-        return None
+        return None  # and of layers with windows only where runtime.sinks supplies those, too
     aligned = q_length in (1, kv_length) and kwargs.pop("allow_is_causal_skip", True)
     found: Tensor | None = sdpa_mask(
         q_length=q_length, kv_length=kv_length, **{**kwargs, "allow_is_causal_skip": aligned}
@@ -36,9 +36,12 @@ def mask(*, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
 def _is_plain(q_length: int, kv_length: int, **kwargs: Any) -> bool:
     if torch.device(kwargs.get("device", "cpu")).type != "cpu":  # sdpa would need the mask in every layer
         return False
-    if not kwargs.get("allow_is_causal_skip", True) or kwargs.get("local_size") is not None:
+    if not kwargs.get("allow_is_causal_skip", True):
         return False
-    if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
+    by_window = kwargs.get("local_size") is not None
+    if by_window and getattr(kwargs.get("config"), "model_type", "") != "gpt_oss":
+        return False
+    if not by_window and kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
         return False
     ends = kwargs.get("q_offset", 0) + q_length == kwargs.get("kv_offset", 0) + kv_length
     padding = kwargs.get("attention_mask")

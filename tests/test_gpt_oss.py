@@ -15,7 +15,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, eager_attention_forward
 
 from hwmodels.errors import CheckpointError
-from runtime import attention, mxfp4, native
+from runtime import attention, mxfp4, native, sinks
 from runtime.activation import ClampedGlu, gated
 from runtime.checkpoint import SINGLE_NAME, read_config
 from runtime.native import ISAS, Piece
@@ -147,14 +147,16 @@ def test_a_softmax_with_sinks_is_that_of_transformers(
         sees = sees.triu(n_past - window + 1)
     hidden = torch.zeros(n_new, n_keys).masked_fill(~sees, -torch.inf)[None, None]
     theirs, _ = eager_attention_forward(module, query, key, value, hidden, 0.3)
-    masks: list[Tensor | None] = [sees[None, None].expand(batch, -1, -1, -1)]
-    if window is None:
-        masks.append(None)
+    masks: list[Tensor | None] = [sees[None, None].expand(batch, -1, -1, -1), None]
+    given = {"s_aux": module.sinks, "scaling": 0.3, "sliding_window": window}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_SCORES", scores)
+        patch.setattr(sinks, "_SCORES", scores)
         for mask in masks:
-            ours, _ = attention.attend(module, query, key, value, mask, s_aux=module.sinks, scaling=0.3)
-            torch.testing.assert_close(ours, theirs)
+            for kernel in ("auto", "torch"):
+                patch.setenv("SCHEINFER_KERNEL", kernel)
+                with torch.no_grad():
+                    ours, _ = attention.attend(module, query, key, value, mask, **given)
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

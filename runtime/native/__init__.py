@@ -155,21 +155,37 @@ class Kernel:
         code, best = _DTYPES[x_SHD.dtype], ISAS.index(isa or self.isa)
         check(self.library.scheinfer_turn(*pointers, n_rows, n_heads, width, stride, code, best, threads()))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, isa: str | None = None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        isa: str | None = None,
+        *,
+        sinks: Tensor | None = None,
+        window: int = 0,
+    ) -> Tensor:
         """Causal attention of the last S of T tokens, sums in float32: [B, S, H, Dv].
 
         query [B, S, H, D] contiguous; key [B, K, T, D] and value [B, K, T, Dv] with contiguous rows; H / K query heads
         in a row share a KV head. A row is the same to the last bit whatever other rows are computed, but that many
-        queries of a KV head are summed in another order: more than 4 to 32, by dtype and instruction set.
+        queries of a KV head are summed in another order: more than 4 to 32, by dtype and instruction set. sinks [H],
+        contiguous: a score more, of a value of zero. window: how many keys a token sees at most, 0 for all; of several
+        tokens only where attends_prompts, and in the order of many.
         """
         batch, n_new, n_heads, width = query.shape
         _, n_kv, n_keys, _ = key.shape
         out = query.new_empty((batch, n_new, n_heads, value.shape[-1]))
         sizes = (batch, n_new, n_heads, n_kv, n_keys, width, value.shape[-1])
-        shape = array("q", (*sizes, *key.stride()[:3], *value.stride()[:3]))
+        shape = array("q", (*sizes, *key.stride()[:3], *value.stride()[:3], window))
         pointers = (tensor.data_ptr() for tensor in (query, key, value, out))
         code, best = _DTYPES[query.dtype], ISAS.index(isa or self.isa)
-        check(self.library.scheinfer_attend(*pointers, shape.buffer_info()[0], scale, code, best, threads()))
+        check(
+            self.library.scheinfer_attend(
+                *pointers, shape.buffer_info()[0], scale, _address(sinks), code, best, threads()
+            )
+        )
         return out
 
     def layer(self, words: LayerWords) -> None:

@@ -78,9 +78,21 @@ inline __m512 power_of_two(__m512 v) {
   return _mm512_scalef_ps(p, n);
 }
 
+// Scores of n keys, the first of which is before queries' own by `before`, where a window hides them; how many keys it
+// hides from some query.
+inline int64_t hide(Queries& q, int64_t n, int64_t before, int64_t window) {
+  const int64_t shown = before - window + SIDE, n_hidden = shown < 0 ? 0 : shown < n ? shown : n;
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t t = 0; t < n_hidden; t++) {
+    const __mmask16 hidden = _mm512_cmpgt_epi32_mask(lanes, _mm512_set1_epi32(int(t - (before - window) - 1)));
+    _mm512_store_ps(q.scores[t], _mm512_mask_mov_ps(_mm512_load_ps(q.scores[t]), hidden, _mm512_set1_ps(-INFINITY)));
+  }
+  return n_hidden;
+}
+
 // Scores of n keys, the first of which is before queries' own by `before`: powers of two of them by a scale above 0; how
-// the sums before shrink.
-inline __m512 soften(Queries& q, int64_t n, int64_t before, float scale) {
+// the sums before shrink. Of the first n_hidden some may be hidden.
+inline __m512 soften(Queries& q, int64_t n, int64_t before, int64_t n_hidden, float scale) {
   const __m512 by = _mm512_set1_ps(scale), none = _mm512_set1_ps(-INFINITY);
   const __m512i last = _mm512_add_epi32(_mm512_set1_epi32(int(before)),
                                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
@@ -95,13 +107,21 @@ inline __m512 soften(Queries& q, int64_t n, int64_t before, float scale) {
   const __m512 now = _mm512_mask_mov_ps(q.top, higher, highest);
   __m512 sum = _mm512_setzero_ps(), other_sum = sum;
   const auto weight = [&](int64_t t) { return power_of_two(_mm512_fmsub_ps(_mm512_load_ps(q.scores[t]), by, now)); };
-  const auto seen_weight = [&](int64_t t) { return t < n ? _mm512_maskz_mov_ps(seen(t), weight(t)) : _mm512_setzero_ps(); };
+  const auto shown_weight = [&](int64_t t) {  // 0, not next to it: a hidden value may be infinite
+    const __mmask16 shown = t < n_hidden ? _mm512_cmp_ps_mask(_mm512_load_ps(q.scores[t]), none, _CMP_NEQ_UQ) : 0xffff;
+    return _mm512_maskz_mov_ps(shown, weight(t));
+  };
+  const auto seen_weight = [&](int64_t t) {
+    return t < n ? _mm512_maskz_mov_ps(seen(t), shown_weight(t)) : _mm512_setzero_ps();
+  };
   const auto add = [&](int64_t t, __m512 one, __m512 other) {
     sum = _mm512_add_ps(sum, one), other_sum = _mm512_add_ps(other_sum, other);
     _mm512_store_si512(q.weights + t / 2 * LINE, pairs_of(one, other));
   };
-  for (int64_t t = 0; t < by_all; t += 2) add(t, weight(t), weight(t + 1));
-  for (int64_t t = by_all; t < n || t % STEP; t += 2) add(t, seen_weight(t), seen_weight(t + 1));
+  int64_t t = 0;
+  for (; t < n_hidden && t < by_all; t += 2) add(t, shown_weight(t), shown_weight(t + 1));
+  for (; t < by_all; t += 2) add(t, weight(t), weight(t + 1));
+  for (; t < n || t % STEP; t += 2) add(t, seen_weight(t), seen_weight(t + 1));
   const __m512 shrink = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), higher, power_of_two(_mm512_sub_ps(q.top, now)));
   q.top = now, q.sum = _mm512_fmadd_ps(q.sum, shrink, _mm512_add_ps(sum, other_sum));
   return shrink;
@@ -113,24 +133,25 @@ void attend_by_tiles(int n, const Blocks& blocks, const void* const* queries, in
   static thread_local Queries q;
   _tile_loadconfig(&shapes);
   pack(queries, n, past.key_width, 0, 1, q.packed);
-  q.top = _mm512_set1_ps(-INFINITY), q.sum = _mm512_setzero_ps();
-  const int64_t n_all = position + n, key_steps = (past.key_width + STEP - 1) / STEP;
-  for (int64_t first = 0; first < n_all; first += SPAN_KEYS) {
+  q.top = _mm512_set1_ps(first_top(past) * LOG2_E), q.sum = _mm512_set1_ps(past.sink > -INFINITY ? 1.0f : 0.0f);
+  const int64_t n_all = position + n, key_steps = (past.key_width + STEP - 1) / STEP, begin = first_span(position, past);
+  for (int64_t first = begin; first < n_all; first += SPAN_KEYS) {
     const int64_t n_keys = n_all - first < SPAN_KEYS ? n_all - first : SPAN_KEYS, block = first / BLOCK_KEYS;
     written();
     for (int64_t t = 0; t < n_keys; t += BLOCK_KEYS) {
       const char* keys = blocks.keys + (block + t / BLOCK_KEYS) * blocks.key_bytes;
       add_products(q.scores[t], true, key_steps, q.packed, [=](int64_t i) { return keys + i * BLOCK_BYTES_PER_STEP; });
     }
-    const __m512 shrink = soften(q, n_keys, position - first, past.scale * LOG2_E);
-    const bool shrinks = first && _mm512_cmp_ps_mask(shrink, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ);
+    const int64_t n_hidden = past.window < n_all ? hide(q, n_keys, position - first, past.window) : 0;
+    const __m512 shrink = soften(q, n_keys, position - first, n_hidden, past.scale * LOG2_E);
+    const bool shrinks = first > begin && _mm512_cmp_ps_mask(shrink, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ);
     const char* values = blocks.values + block * blocks.value_bytes;
     const int64_t each = blocks.value_bytes;
     for (int64_t d = 0; d < past.value_width; d += BLOCK_KEYS, values += blocks.panel_bytes) {
       for (int64_t i = d; shrinks && i < d + BLOCK_KEYS; i++)
         _mm512_store_ps(q.mixed[i], _mm512_mul_ps(_mm512_load_ps(q.mixed[i]), shrink));
       written();
-      add_products(q.mixed[d], first == 0, (n_keys + STEP - 1) / STEP, q.weights,
+      add_products(q.mixed[d], first == begin, (n_keys + STEP - 1) / STEP, q.weights,
                    [=](int64_t i) { return values + i / 2 * each + i % 2 * BLOCK_BYTES_PER_STEP; });
     }
   }

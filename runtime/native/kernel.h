@@ -3,6 +3,7 @@
 // Letters: S rows (tokens) of x, D model width, C columns of a piece, K length of a dot product.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -23,10 +24,12 @@ constexpr int64_t BLOCK_KEYS = 64;   // keys of a prompt's attention that are pa
 constexpr int64_t SPAN_KEYS = 256;   // between two looks at the highest score
 constexpr int64_t MOST_WIDTH = 256;  // of a prompt's heads
 
-// Keys and values of one head: widths and distances of rows, in elements; what scores are multiplied by.
+// Keys and values of one head: widths and distances of rows, in elements; what scores are multiplied by; a score beside
+// those of keys, of a value of zero (or none); how many keys a query sees at most, the last one its own.
 struct Past {
   int64_t key_width, value_width, key_stride, value_stride;
-  float scale;
+  float scale, sink = -INFINITY;
+  int64_t window = INT64_MAX;
 };
 
 // A query of one head over keys that lie as they are: how many of them it sees, at least one and at most PAST_AT_ONCE;

@@ -25,7 +25,7 @@ int scheinfer_add(const void* one, const void* other, void* y, int64_t S, int64_
 int scheinfer_turn(void* x, const void* cosine, const void* sine, int64_t S, int64_t heads, int64_t D,
                    int64_t table_stride, int dtype, int isa, int n_threads);
 int scheinfer_attend(const void* query, const void* key, const void* value, void* out, const int64_t* shape,
-                     double scale, int dtype, int isa, int n_threads);
+                     double scale, const void* sinks, int dtype, int isa, int n_threads);
 }
 
 namespace scheinfer {
@@ -122,8 +122,8 @@ void mix(const Call& call) {
   const int64_t n_sequences = call.S / l.n_new, n_keys = l.n_past + l.n_new, d = l.head_width;
   const int64_t *key = l.key_strides, *value = l.value_strides;
   const int64_t shape[] = {n_sequences, l.n_new, l.n_heads, l.n_kv_heads, n_keys, d, d,
-                           key[0], key[1], key[2], value[0], value[1], value[2]};
-  check(scheinfer_attend(call.query, l.keys, l.values, call.mixed, shape, l.scale, call.dtype, call.isa,
+                           key[0], key[1], key[2], value[0], value[1], value[2], 0};
+  check(scheinfer_attend(call.query, l.keys, l.values, call.mixed, shape, l.scale, nullptr, call.dtype, call.isa,
                          call.n_threads));
 }
 

@@ -60,7 +60,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.scheinfer_norm.argtypes = [*[pointer] * 3, number, number, ctypes.c_double, *[ctypes.c_int] * 3]
     library.scheinfer_add.argtypes = [*[pointer] * 3, number, number, *[ctypes.c_int] * 3]
     library.scheinfer_turn.argtypes = [*[pointer] * 3, *[number] * 4, *[ctypes.c_int] * 3]
-    library.scheinfer_attend.argtypes = [*[pointer] * 5, ctypes.c_double, *[ctypes.c_int] * 3]
+    library.scheinfer_attend.argtypes = [*[pointer] * 5, ctypes.c_double, pointer, *[ctypes.c_int] * 3]
     library.scheinfer_layer.argtypes = [ctypes.POINTER(LayerWords), ctypes.c_int]
     library.scheinfer_layers.argtypes = [ctypes.POINTER(LayersWords), ctypes.c_int]
     library.scheinfer_forward.argtypes = [ctypes.POINTER(ForwardWords), ctypes.c_int]

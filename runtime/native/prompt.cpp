@@ -14,6 +14,7 @@ struct Attention {
   const int64_t *key_at, *value_at;  // strides in bytes of batch and head
   Past past;
   Blocks sizes;
+  const float* sinks;
 };
 
 int64_t n_blocks(const Attention& a) { return (a.n_keys + BLOCK_KEYS - 1) / BLOCK_KEYS; }
@@ -39,6 +40,8 @@ void attend_some(void* context, int64_t index) {
   const int64_t at_once = a.k->attends_at_once, per_sequence = n_items(a) * a.n_heads, b = index / per_sequence;
   const int64_t item = index % per_sequence / a.n_heads, head = index % a.n_heads, kv = b * a.n_kv + head / a.group;
   const int64_t end = (item + 1) * at_once * ITEM_TILES;
+  Past past = a.past;
+  if (a.sinks) past.sink = a.sinks[head];
   Blocks blocks = a.sizes;
   blocks.keys = a.keys + kv * n_blocks(a) * a.sizes.key_bytes;
   blocks.values = a.values + kv * n_blocks(a) * a.sizes.value_bytes;
@@ -51,36 +54,39 @@ void attend_some(void* context, int64_t index) {
       queries[m] = a.query + row * a.past.key_width * a.bytes;
       out[m] = a.out + row * a.past.value_width * a.bytes;
     }
-    a.k->attend_rows(n, blocks, queries, a.n_keys - a.n_new + t, a.past, out);
+    a.k->attend_rows(n, blocks, queries, a.n_keys - a.n_new + t, past, out);
   }
 }
 
 }  // namespace
 
-bool are_many_queries(const Kernels* k, const int64_t* shape) {
-  const int64_t n_new = shape[1], group = shape[2] / shape[3];
-  const bool fits = k->attend_rows && shape[5] <= MOST_WIDTH && shape[6] <= MOST_WIDTH;
-  return fits && n_new > 1 && n_new * group > k->few_queries;
+bool may_pack(const Kernels* k, const int64_t* shape) {
+  return k->attend_rows && shape[5] <= MOST_WIDTH && shape[6] <= MOST_WIDTH;
 }
 
-int attend_prompt(const Kernels* k, const void* query, const void* key, const void* value, void* out,
-                  const int64_t* shape, double scale, int dtype, int n_threads) {
+bool are_many_queries(const Kernels* k, const int64_t* shape) {
+  const int64_t n_new = shape[1], group = shape[2] / shape[3];
+  return may_pack(k, shape) && n_new > 1 && n_new * group > k->few_queries;
+}
+
+bool has_window(const Heads& heads) { return heads.past.window < heads.shape[4]; }
+
+void attend_prompt(const Kernels* k, const Heads& all, int n_threads) {
   static thread_local Aligned memory;
-  const int64_t batch = shape[0], heads = shape[2], n_kv = shape[3], bytes = dtype == F32 ? 4 : 2;
+  const int64_t *shape = all.shape, batch = shape[0], heads = shape[2], n_kv = shape[3], bytes = all.bytes;
   const int64_t key_at[2] = {shape[7] * bytes, shape[8] * bytes}, value_at[2] = {shape[10] * bytes, shape[11] * bytes};
   const int64_t size = k->activation_bytes, panel_bytes = BLOCK_KEYS * BLOCK_KEYS * size;
-  const Past past{shape[5], shape[6], shape[9], shape[12], float(scale)};
+  const Past& past = all.past;
   const Blocks sizes{nullptr, nullptr, BLOCK_KEYS * up_to(past.key_width, PAD) * size,
                      up_to(past.value_width, BLOCK_KEYS) / BLOCK_KEYS * panel_bytes, panel_bytes};
-  Attention a{k, static_cast<const char*>(query), static_cast<const char*>(key), static_cast<const char*>(value),
-              static_cast<char*>(out), nullptr, nullptr, shape[1], shape[4], heads / n_kv, heads, n_kv, bytes, key_at,
-              value_at, past, sizes};
+  Attention a{k, static_cast<const char*>(all.query), static_cast<const char*>(all.key),
+              static_cast<const char*>(all.value), static_cast<char*>(all.out), nullptr, nullptr, shape[1], shape[4],
+              heads / n_kv, heads, n_kv, bytes, key_at, value_at, past, sizes, all.sinks};
   const int64_t n_packed = batch * n_kv * n_blocks(a);
   a.keys = memory.at_least(size_t(n_packed * (sizes.key_bytes + sizes.value_bytes)));
   a.values = a.keys + n_packed * sizes.key_bytes;
   parallel(n_threads, n_packed, pack_block, &a);
   parallel(n_threads, batch * heads * n_items(a), attend_some, &a);
-  return 0;
 }
 
 }  // namespace scheinfer

@@ -131,11 +131,27 @@ void score(Tile<T>& tile, const char* panel, int64_t steps, int64_t at) {
     for (int r = 0; r < WIDE; r++) _mm512_store_ps(tile.scores[m] + at + 16 * r, sum[m][r]);
 }
 
-// Row m's scores of which it sees n, of n_keys: their exponentials, and how the sums before shrink.
+// The first of n vectors' lanes, none for n below 1.
+inline __mmask16 first_lanes(int64_t n) { return __mmask16(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0); }
+
+// Where spans of keys begin that a query at a position sees some of, or a later one does.
+inline int64_t first_span(int64_t position, const Past& past) {
+  const int64_t hidden = position + 1 - past.window;
+  return hidden > 0 ? hidden / SPAN_KEYS * SPAN_KEYS : 0;
+}
+
+// Before a softmax with sinks or windows: as if a key of that score had come first. With a window a span may hold none
+// that a query sees: so low a number is below all scores, and its difference to them is not NaN.
+inline float first_top(const Past& past) {
+  return past.sink > -INFINITY || past.window == INT64_MAX ? past.sink : -1e30f;
+}
+
+// Row m's scores of which it sees those from `hidden` up to n, of n_keys: their exponentials, and how the sums before
+// shrink.
 template <class T>
-void soften(Tile<T>& tile, int m, int64_t n, int64_t n_keys, float scale) {
+void soften(Tile<T>& tile, int m, int64_t hidden, int64_t n, int64_t n_keys, float scale) {
   const __m512 by = _mm512_set1_ps(scale), none = _mm512_set1_ps(-INFINITY);
-  const auto seen = [n](int64_t t) { return __mmask16(n - t >= 16 ? 0xffff : n > t ? (1 << (n - t)) - 1 : 0); };
+  const auto seen = [=](int64_t t) { return __mmask16(first_lanes(n - t) & ~first_lanes(hidden - t)); };
   __m512 top = none;
   for (int64_t t = 0; t < n_keys; t += 16) {
     const __m512 v = _mm512_mask_mul_ps(none, seen(t), _mm512_load_ps(tile.scores[m] + t), by);
@@ -178,14 +194,17 @@ void attend_tile(const Blocks& blocks, const void* const* queries, int64_t posit
   const int64_t steps = (past.key_width + T::STEP - 1) / T::STEP * 16, n_keys = position + M;
   for (int m = 0; m < M; m++) {
     load_row<T>(queries[m], past.key_width, tile.query[m]);
-    tile.top[m] = -INFINITY, tile.sum[m] = 0.0f;
+    tile.top[m] = first_top(past), tile.sum[m] = past.sink > -INFINITY ? 1.0f : 0.0f;
     memset(tile.mixed[m], 0, sizeof(tile.mixed[m]));
   }
-  for (int64_t first = 0; first < n_keys; first += SPAN_KEYS) {
+  for (int64_t first = first_span(position, past); first < n_keys; first += SPAN_KEYS) {
     const int64_t n = n_keys - first < SPAN_KEYS ? n_keys - first : SPAN_KEYS, block = first / BLOCK_KEYS;
     for (int64_t t = 0; t < n; t += BLOCK_KEYS)
       score<Wide, M>(tile, blocks.keys + (block + t / BLOCK_KEYS) * blocks.key_bytes, steps, t);
-    for (int m = 0; m < M; m++) soften<Wide>(tile, m, position + m + 1 - first, (n + 31) / 32 * 32, past.scale);
+    for (int m = 0; m < M; m++) {
+      const int64_t seen = position + m + 1 - first;
+      soften<Wide>(tile, m, seen - past.window, seen, (n + 31) / 32 * 32, past.scale);
+    }
     for (int64_t d = 0; d < past.value_width; d += BLOCK_KEYS)
       mix<Wide, M>(tile, blocks.values + block * blocks.value_bytes + d / BLOCK_KEYS * blocks.panel_bytes,
                    blocks.value_bytes, n, d);

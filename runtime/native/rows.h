@@ -102,10 +102,21 @@ void for_rows(int n_threads, int64_t n, int64_t width, const Work& work) {
 // Whether CPU and system let this process multiply by tiles; asks for them.
 bool may_use_tiles();
 
-// Whether packing keys and values is worth it, and scheinfer_attend (step.cpp) where it is; throws std::bad_alloc.
+// What scheinfer_attend (step.cpp) is given of all heads.
+struct Heads {
+  const void *query, *key, *value;
+  void* out;
+  const int64_t* shape;
+  Past past;           // but for sinks
+  const float* sinks;  // by head, or null
+  int64_t bytes;       // of an element
+};
+
+// Whether packing keys and values is worth it, or must be; and attention where it is, which throws std::bad_alloc.
 bool are_many_queries(const Kernels* k, const int64_t* shape);
-int attend_prompt(const Kernels* k, const void* query, const void* key, const void* value, void* out,
-                  const int64_t* shape, double scale, int dtype, int n_threads);
+bool has_window(const Heads& heads);
+bool may_pack(const Kernels* k, const int64_t* shape);
+void attend_prompt(const Kernels* k, const Heads& heads, int n_threads);
 
 // Functions for a dtype of weights; null where this CPU lacks the instruction set or they were not compiled.
 const Kernels* kernels(int isa, int dtype);

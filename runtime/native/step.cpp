@@ -15,6 +15,7 @@ struct Attention {
   const int64_t *key_at, *value_at;  // strides in bytes of batch and head
   Past past;
   float *wide, *mixed, *tops;  // queries [B, S, H]; results by query and chunk
+  const float* sinks;
 };
 
 // Keys that a query sees of those from one on: all before its own token, and its own.
@@ -47,6 +48,10 @@ void join_chunks(const Attention& a, int64_t query) {
   const int64_t n_chunks = (seen(a, query / a.n_heads % a.n_new, 0) + PAST_AT_ONCE - 1) / PAST_AT_ONCE;
   float top = tops[0], sum = 0.0f;
   for (int64_t c = 1; c < n_chunks; c++) top = tops[2 * c] > top ? tops[2 * c] : top;
+  if (a.sinks) {
+    const float sink = a.sinks[query % a.n_heads];
+    top = sink > top ? sink : top, sum = expf(sink - top);
+  }
   for (int64_t c = 0; c < n_chunks; c++) {
     const float scale = expf(tops[2 * c] - top);
     sum += scale * tops[2 * c + 1];
@@ -56,6 +61,26 @@ void join_chunks(const Attention& a, int64_t query) {
   }
   for (int64_t d = 0; d < a.past.value_width; d++) mixed[d] /= sum;
   a.k->store_row(mixed, a.past.value_width, a.out + query * a.past.value_width * a.bytes);
+}
+
+// Each sees all keys before its own, or is alone to see the last of them.
+void attend_few_queries(const Kernels* k, const Heads& all, int n_threads) {
+  static thread_local Aligned memory;
+  const int64_t *shape = all.shape, bytes = all.bytes, n_kv = shape[3], n = shape[0] * shape[1] * shape[2];
+  const int64_t n_hidden = has_window(all) ? shape[4] - all.past.window : 0, n_keys = shape[4] - n_hidden;
+  const int64_t n_chunks = (n_keys + PAST_AT_ONCE - 1) / PAST_AT_ONCE;
+  const int64_t key_at[2] = {shape[7] * bytes, shape[8] * bytes}, value_at[2] = {shape[10] * bytes, shape[11] * bytes};
+  const Past& past = all.past;
+  const size_t n_wide = size_t(n * past.key_width + PAD), n_mixed = size_t(n * n_chunks * past.value_width);
+  float* room =
+      reinterpret_cast<float*>(memory.at_least((n_wide + n_mixed + size_t(2 * n * n_chunks)) * sizeof(float)));
+  k->widen_row(all.query, n * past.key_width, room);
+  Attention a{k, static_cast<const char*>(all.key) + n_hidden * past.key_stride * bytes,
+              static_cast<const char*>(all.value) + n_hidden * past.value_stride * bytes, static_cast<char*>(all.out),
+              shape[1], n_keys, shape[2], n_kv, shape[2] / n_kv, n_chunks, bytes, key_at, value_at, past,
+              room, room + n_wide, room + n_wide + n_mixed, all.sinks};
+  parallel(n_threads, shape[0] * n_kv * n_chunks, attend_chunk, &a);
+  for_rows(n_threads, n, n_chunks * past.value_width, [&](int64_t query) { join_chunks(a, query); });
 }
 
 }  // namespace
@@ -106,28 +131,25 @@ int scheinfer_turn(void* x, const void* cosine, const void* sine, int64_t S, int
 
 // out [B, S, H, value_width] of query [B, S, H, key_width] over n_keys keys and values, of which the last S are the
 // queries' own. shape: B, S, H, KV heads, n_keys, key_width, value_width, then strides in elements of batch, head and row
-// of key and value. 0, or 1 without memory, 2 without that instruction set. Few queries read keys and values as they
-// lie; of many, all are packed first.
+// of key and value, then keys that a query sees at most (0: all). sinks [H]: a score more, of a value of zero; or null.
+// 0, or 1 without memory, 2 without that instruction set. Few queries read keys and values as they lie; of many, or where
+// several see different keys last, all are packed first.
 int scheinfer_attend(const void* query, const void* key, const void* value, void* out, const int64_t* shape,
-                     double scale, int dtype, int isa, int n_threads) {
+                     double scale, const void* sinks, int dtype, int isa, int n_threads) {
   static thread_local Aligned memory;
   try {
     const Kernels* k = kernels(isa, dtype);
     if (!k) return 2;
-    if (are_many_queries(k, shape)) return attend_prompt(k, query, key, value, out, shape, scale, dtype, n_threads);
-    const int64_t n_kv = shape[3], n_keys = shape[4], bytes = dtype == F32 ? 4 : 2;
-    const int64_t n = shape[0] * shape[1] * shape[2], n_chunks = (n_keys + PAST_AT_ONCE - 1) / PAST_AT_ONCE;
-    const int64_t key_at[2] = {shape[7] * bytes, shape[8] * bytes}, value_at[2] = {shape[10] * bytes, shape[11] * bytes};
-    const Past past{shape[5], shape[6], shape[9], shape[12], float(scale)};
-    const size_t n_wide = size_t(n * past.key_width + PAD), n_mixed = size_t(n * n_chunks * past.value_width);
-    float* room = reinterpret_cast<float*>(
-        memory.at_least((n_wide + n_mixed + size_t(2 * n * n_chunks)) * sizeof(float)));
-    k->widen_row(query, n * past.key_width, room);
-    Attention a{k, static_cast<const char*>(key), static_cast<const char*>(value), static_cast<char*>(out), shape[1],
-                n_keys, shape[2], n_kv, shape[2] / n_kv, n_chunks, bytes, key_at, value_at, past,
-                room, room + n_wide, room + n_wide + n_mixed};
-    parallel(n_threads, shape[0] * n_kv * n_chunks, attend_chunk, &a);
-    for_rows(n_threads, n, n_chunks * past.value_width, [&](int64_t query) { join_chunks(a, query); });
+    const int64_t bytes = dtype == F32 ? 4 : 2, n_heads = shape[2];
+    float* const wide_sinks = reinterpret_cast<float*>(memory.at_least(size_t(up_to(n_heads, PAD)) * sizeof(float)));
+    if (sinks) k->widen_row(sinks, n_heads, wide_sinks);
+    Heads heads{query, key, value, out, shape, {shape[5], shape[6], shape[9], shape[12], float(scale)},
+                sinks ? wide_sinks : nullptr, bytes};
+    if (shape[13]) heads.past.window = shape[13];
+    const bool several = shape[1] > 1 && has_window(heads);
+    if (several && !may_pack(k, shape)) return 2;
+    if (several || are_many_queries(k, shape)) attend_prompt(k, heads, n_threads);
+    else attend_few_queries(k, heads, n_threads);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
