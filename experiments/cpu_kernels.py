@@ -163,7 +163,7 @@ def _mkl(piece: Piece, like: Tensor) -> tuple[Product, Product]:
 class _Mlp(torch.nn.Module):
     def __init__(self, pieces: Sequence[Piece]) -> None:
         super().__init__()
-        self.weights = torch.nn.ParameterList(torch.nn.Parameter(w, requires_grad=False) for p in pieces for w in p)
+        self.weights = torch.nn.ParameterList(torch.nn.Parameter(w, requires_grad=False) for p in pieces for w in p[:2])
 
     def forward(self, x: Tensor) -> Tensor:
         """The sum of all experts."""

@@ -6,6 +6,7 @@ takes 0.2 ms by itself and 2 to 3 ms there (experiments/LOG.md). Whatever is unu
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ _STATIC_ROPES = frozenset(("default", "linear", "llama3", "yarn"))
 """Whose frequencies do not depend on how long a sequence has become."""
 _LAST_LOGITS = (0, 1)
 _GIVEN = frozenset(("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"))
-_SETTINGS = ("_output_attentions", "output_attentions", "return_dict", "sliding_window", *ASKED)
+_SETTINGS = ("_output_attentions", "output_attentions", "return_dict", "sliding_window", "rope_parameters", *ASKED)
 _Given = tuple[Tensor, Tensor | None, Tensor | None, Any]
 """Token ids [B, 1], attention mask, positions, cache."""
 
@@ -78,7 +79,7 @@ class Forward:
     as_set: list[object] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.as_set = list(map(self.settings.get, _SETTINGS))
+        self.as_set = copy.deepcopy(list(map(self.settings.get, _SETTINGS)))  # PhiMoE reads a dict of them in each step
 
     def step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelOutput | None:
         """What the model returns, logits [B, 1, V]; None, and nothing done, where modules must do it."""
@@ -181,7 +182,8 @@ def forward_of(model: PreTrainedModel, executor: Executor) -> Forward | None:
     first = span.prepared[0]
     if type(embed) is not nn.Embedding or embed.max_norm is not None or rotary is None:
         return None
-    if getattr(rotary, "rope_type", None) not in _STATIC_ROPES or executor.spec.family not in FAMILIES:
+    family = executor.spec.family
+    if family not in FAMILIES or not _is_static(rotary, family):
         return None
     tables = Tables(rotary, torch.empty(0, dtype=first.dtype, device="cpu"))
     size = (_N_POSITIONS, first.words.head_width)
@@ -200,9 +202,18 @@ def forward_of(model: PreTrainedModel, executor: Executor) -> Forward | None:
         n_logits=head.weight.shape[0],
         times=times.buffer_info()[0],
     )
-    kind = MoeCausalLMOutputWithPast if executor.spec.family in MIXTURES else CausalLMOutputWithPast
+    kind = MoeCausalLMOutputWithPast if family in MIXTURES else CausalLMOutputWithPast
     settings, watch = vars(model.config), _watch(model, inner, span)
     return Forward(executor, span, words, watch, settings, tables, kind, head.weight.shape[0], times)
+
+
+def _is_static(rotary: Any, family: str) -> bool:
+    """Whether tables of a token are the same beside those of positions around it."""
+    kind = getattr(rotary, "rope_type", None)
+    if family != "phimoe" or kind == "default":
+        return kind in _STATIC_ROPES
+    # PhiMoE scales tables by whether the last token of all is beyond a limit: all that are held are, or none.
+    return kind == "longrope" and not rotary.config.rope_parameters["original_max_position_embeddings"] % _N_POSITIONS
 
 
 FAMILIES = frozenset(("llama", "mistral", "qwen2", "qwen3", *MIXTURES))

@@ -10,9 +10,15 @@ _SIZES = ("dtype", "isa", "act", "width", "n_heads", "n_kv_heads", "head_width")
 _NUMBERS = ("input_eps", "post_eps", "head_eps", "scale", "clip")
 _ATTENTION = ("input_norm", "post_norm", "query", "key", "value", "query_bias", "key_bias", "value_bias")
 _HEADS = ("query_norm", "key_norm", "norms_whole", "output", "output_bias")
-_EXPERTS = ("router", "n_experts", "top_k", "normalises", "rounds", "n_pieces", "experts")
+_EXPERTS = ("router", "n_experts", "top_k", "normalises", "rounds")
+_ROUTING = ("routing", "wide_logits", "router_bias", "correction", "n_groups", "top_groups")
+_FACTORS = ("scaling", "jitter")
+_BIASES = ("input_norm_bias", "post_norm_bias")
+_PIECES = ("n_pieces", "experts")
 _SHARED = ("shared_gate", "shared_up", "shared_down", "shared_weight", "shared_columns")
 _CALL = ("rows", "n_new", "n_past", "x", "y", "cosine", "sine", "table_stride", "keys", "values")
+SOFTMAX, SIGMOID, SPARSE_MIXER, SOFTMAX_OF_CHOSEN = range(4)
+"""Routings of layer.h."""
 
 
 class LayerWords(ctypes.Structure):
@@ -21,7 +27,9 @@ class LayerWords(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, c_int64) for name in _SIZES),
         *((name, c_double) for name in _NUMBERS),
-        *((name, c_int64) for name in (*_ATTENTION, *_HEADS, *_EXPERTS, *_SHARED, *_CALL)),
+        *((name, c_int64) for name in (*_ATTENTION, *_HEADS, *_EXPERTS, *_ROUTING)),
+        *((name, c_double) for name in _FACTORS),
+        *((name, c_int64) for name in (*_BIASES, *_PIECES, *_SHARED, *_CALL)),
         ("key_strides", c_int64 * 3),
         ("value_strides", c_int64 * 3),
         ("counts", c_void_p),
@@ -35,7 +43,7 @@ class LayersWords(ctypes.Structure):
     _fields_: ClassVar = [
         ("layers", ctypes.POINTER(ctypes.POINTER(LayerWords))),
         *((name, c_int64) for name in ("n_layers", "rows", "n_past", "x", "y", "cosine")),
-        *((name, c_int64) for name in ("sine", "table_stride", "norm")),
+        *((name, c_int64) for name in ("sine", "table_stride", "norm", "norm_bias")),
         ("eps", c_double),
         ("n_done", c_int64),
     ]
@@ -58,9 +66,11 @@ def declare(library: ctypes.CDLL) -> None:
     library.scheinfer_mlp.argtypes = [pointer, pointer, number, number, *[ctypes.c_int] * 4, number, pointer]
     library.scheinfer_linear.argtypes = [pointer, *[number] * 3, pointer, *[ctypes.c_int] * 3]
     library.scheinfer_norm.argtypes = [*[pointer] * 3, number, number, ctypes.c_double, *[ctypes.c_int] * 3]
+    library.scheinfer_layer_norm.argtypes = [*[pointer] * 4, number, number, ctypes.c_double, *[ctypes.c_int] * 3]
     library.scheinfer_add.argtypes = [*[pointer] * 3, number, number, *[ctypes.c_int] * 3]
     library.scheinfer_turn.argtypes = [*[pointer] * 3, *[number] * 4, *[ctypes.c_int] * 3]
     library.scheinfer_attend.argtypes = [*[pointer] * 5, ctypes.c_double, pointer, *[ctypes.c_int] * 3]
+    library.scheinfer_route.argtypes = [ctypes.POINTER(LayerWords), pointer, number, pointer, pointer, ctypes.c_int]
     library.scheinfer_layer.argtypes = [ctypes.POINTER(LayerWords), ctypes.c_int]
     library.scheinfer_layers.argtypes = [ctypes.POINTER(LayersWords), ctypes.c_int]
     library.scheinfer_forward.argtypes = [ctypes.POINTER(ForwardWords), ctypes.c_int]
