@@ -21,16 +21,27 @@ from runtime import native
 from runtime.executor import Executor
 from runtime.ffn import PartitionedExperts, PartitionedMlp
 from runtime.kv import GrowingLayer, Room
+from runtime.latent import (
+    LATENT,
+    LatentAttention,
+    cache_sizes,
+    is_plain,
+    read_latent,
+    real_tables,
+    write_tables,
+)
+from runtime.latent import Prepared as PreparedLatent
 from runtime.native.layer import LayerWords
 from runtime.projection import FEW_ROWS, Projection, is_kernels
-from runtime.prompt import are_of, may_attend
+from runtime.prompt import Tables
 from runtime.recording import LayerRun
 from runtime.skeleton import decoder_layers
 from runtime.watch import Fact, Link, Value, Watch
 
 MIXTURES = frozenset(f"{family}SparseMoeBlock" for family in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe"))
 """Mixtures whose router takes the likeliest experts of a softmax."""
-LAYERS = frozenset(
+LATENT_LAYERS = frozenset(f"{family}DecoderLayer" for family in ("DeepseekV2", "DeepseekV3"))
+LAYERS = LATENT_LAYERS | frozenset(
     f"{family}DecoderLayer"
     for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe")
 )
@@ -55,7 +66,7 @@ class Prepared:
 
     def past_sizes(self, batch: int) -> tuple[object, ...]:
         """Of the keys and values that the layer goes on from."""
-        return batch, self.words.n_kv_heads, self.words.head_width, self.dtype
+        return cache_sizes(self.words, batch, self.dtype)
 
     def write_past(self, room: Room) -> None:
         """The words of keys and values."""
@@ -81,11 +92,12 @@ class StepLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states [B, S, D] -> [B, S, D]."""
         cache: Any = kwargs.get("past_key_values")
-        if not args and self._is_kernels(hidden_states, kwargs):
+        tables = None if args else self._kernels_tables(hidden_states, kwargs)
+        if tables is not None:
             room = self._room(cache, *hidden_states.shape[:2])
             if room is not None:
                 out = torch.empty_like(hidden_states)
-                tables, past = kwargs["position_embeddings"], cache.layers[self.index]
+                past = cache.layers[self.index]
                 self.executor.run_layer(self.index, partial(self._compute, hidden_states, out, tables, past, room))
                 return out
         kernel = None if args else self._sums_of_prompt(hidden_states)
@@ -104,23 +116,16 @@ class StepLayer(nn.Module):
             return None
         return native.kernel() if self.prepared.watch.holds() else None
 
-    def _is_kernels(self, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether new tokens see all of their past, and the layer is the kernel's to compute."""
-        words, tables = self.prepared.words, kwargs.get("position_embeddings")
-        if kwargs.get("attention_mask") is not None or not isinstance(tables, tuple):
-            return False
-        if hidden.dim() != 3 or not hidden.is_contiguous() or torch.is_grad_enabled():
-            return False
-        if not are_of(hidden, tables, words.head_width) or hidden.dtype != self.prepared.dtype:
-            return False
-        (cos, sin), causal = tables, kwargs.get("is_causal") is not False
-        if hidden.shape[1] > 1 and (not causal or may_attend(words.head_width, hidden, cos, sin) is None):
-            return False
-        if not (cos.is_contiguous() and sin.is_contiguous()):
-            return False
-        return (
-            native.holds(hidden, cos, sin) and self.executor.computes_layer(self.index) and self.prepared.watch.holds()
-        )
+    def _kernels_tables(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tables | None:
+        """Of rotations, if new tokens see all of their past, and the layer is the kernel's to compute."""
+        words, causal = self.prepared.words, kwargs.get("is_causal") is not False
+        tables = real_tables(kwargs.get("position_embeddings"), words)
+        if kwargs.get("attention_mask") is not None or tables is None or (hidden.shape[1] > 1 and not causal):
+            return None
+        if not is_plain(hidden, tables, self.prepared.dtype, words):
+            return None
+        ours = self.executor.computes_layer(self.index) and self.prepared.watch.holds()
+        return tables if ours else None
 
     def _room(self, cache: object, batch: int, n_new: int) -> Room | None:
         """Room for tokens behind those that a cache holds of these sequences; None if it does not grow in place."""
@@ -129,21 +134,15 @@ class StepLayer(nn.Module):
         past = cache.layers[self.index]
         return past.room(self.prepared.past_sizes(batch), n_new) if type(past) is GrowingLayer else None
 
-    def _compute(
-        self, hidden: Tensor, out: Tensor, tables: tuple[Tensor, Tensor], past: GrowingLayer, room: Room
-    ) -> LayerRun:
+    def _compute(self, hidden: Tensor, out: Tensor, tables: Tables, past: GrowingLayer, room: Room) -> LayerRun:
         kernel = native.kernel()
         assert kernel is not None, "the step is the kernel's"
-        words, batch, n_new = self.prepared.words, hidden.shape[0], hidden.shape[1]
-        alone = n_new == 1 and tables[0].numel() == words.head_width
-        cos, sin = tables if alone else (t.expand(batch, -1, -1).contiguous() for t in tables)
-        words.rows, words.n_new, words.n_past = batch * n_new, n_new, past.get_seq_length()
-        words.x, words.y = hidden.data_ptr(), out.data_ptr()
-        words.cosine, words.sine = cos.data_ptr(), sin.data_ptr()
-        words.table_stride = 0 if alone else words.head_width
+        words, kept = self.prepared.words, write_tables(self.prepared.words, hidden, tables)
+        words.n_past, words.x, words.y = past.get_seq_length(), hidden.data_ptr(), out.data_ptr()
         self.prepared.write_past(room)
         kernel.layer(words)
-        past.written(n_new)
+        del kept
+        past.written(words.n_new)
         return self.prepared.run()
 
 
@@ -155,6 +154,37 @@ def _sum(kernel: native.Kernel, one: Tensor, other: Tensor) -> Tensor:
 def grows(cache: object) -> TypeGuard[DynamicCache]:
     """Whether a cache is one whose layers on the CPU grow in place."""
     return type(cache) is DynamicCache and "update" not in vars(cache) and not cache.offloading
+
+
+def use_latents(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Let the kernel compute latent attention of modules on the CPU; whether it computes all attention there is."""
+    kernel, everywhere = native.kernel(), True
+    for module in model.modules():
+        if type(module).__name__ not in LATENT:
+            continue
+        try:
+            if kernel is None:
+                raise UnfitError("kernel")
+            prepared = _prepare_latent(module, dtype, kernel)
+        except UnfitError:
+            everywhere = False
+            continue
+        cls = type(module)
+        module.__class__ = type(cls.__name__, (LatentAttention, cls), {"__module__": cls.__module__})
+        assert isinstance(module, LatentAttention)
+        module.latent = prepared
+    return everywhere
+
+
+def _prepare_latent(module: nn.Module, dtype: torch.dtype, kernel: native.Kernel) -> PreparedLatent:
+    words, reader = LayerWords(), Reader(dtype)
+    code = native.dtype_code(dtype)
+    reader.check("dtype", code is not None)
+    reader.check("a cache of keys and values", hasattr(module, "expand_kv"))
+    words.dtype, words.isa, words.width = code, native.ISAS.index(kernel.isa), module.hidden_size
+    read_latent(words, reader, module)
+    reader.fact(module, "training")
+    return PreparedLatent(words, dtype, Watch.of(reader.links, reader.values, reader.facts))
 
 
 def use_layers(model: PreTrainedModel, executor: Executor) -> None:
@@ -178,7 +208,7 @@ def use_layers(model: PreTrainedModel, executor: Executor) -> None:
 # -- a layer's words ----------------------------------------------------------------------------------
 
 
-class _Reader:
+class Reader:
     """Reads a layer's modules and remembers what it read. UnfitError if the kernel does not take it."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -208,6 +238,11 @@ class _Reader:
             raise UnfitError(name)
         return value.data_ptr()
 
+    def check(self, what: str, fits: bool) -> None:
+        """UnfitError unless it fits."""
+        if not fits:
+            raise UnfitError(what)
+
     def fact(self, owner: object, name: str) -> Any:
         """An attribute that is neither module nor parameter; None if there is none."""
         self.facts.append((owner, name, getattr(owner, name, None)))
@@ -230,12 +265,15 @@ def prepare(layer: nn.Module, index: int, executor: Executor, kernel: native.Ker
     code, act = native.dtype_code(dtype), native.activation_code(executor.act)
     if type(layer).__name__ not in LAYERS or code is None or act is None:
         raise UnfitError(type(layer).__name__)
-    words, reader = LayerWords(), _Reader(dtype)
+    words, reader = LayerWords(), Reader(dtype)
     words.dtype, words.isa, words.act, words.width = code, native.ISAS.index(kernel.isa), act, executor.spec.d_model
     words.input_norm, words.input_eps = reader.norm(layer, "input_layernorm", words.width)
     words.post_norm, words.post_eps = reader.norm(layer, "post_attention_layernorm", words.width)
     reader.fact(layer, "training")
-    _read_attention(words, reader, layer)
+    if type(layer).__name__ in LATENT_LAYERS:
+        read_latent(words, reader, reader.part(layer, "self_attn", lambda m: isinstance(m, LatentAttention)))
+    else:
+        _read_attention(words, reader, layer)
     _read_mlp(words, reader, layer, act)
     table = _table(words, executor, index)
     counts = array("q", [0] * words.n_experts)
@@ -243,7 +281,7 @@ def prepare(layer: nn.Module, index: int, executor: Executor, kernel: native.Ker
     return Prepared(words, dtype, counts, table, Watch.of(reader.links, reader.values, reader.facts), [])
 
 
-def _read_attention(words: LayerWords, reader: _Reader, layer: nn.Module) -> None:
+def _read_attention(words: LayerWords, reader: Reader, layer: nn.Module) -> None:
     attention: Any = reader.part(layer, "self_attn", lambda m: hasattr(m, "scaling") and hasattr(m, "head_dim"))
     config, width = attention.config, reader.fact(attention, "head_dim")
     if not reader.fact(attention, "is_causal"):
@@ -263,7 +301,7 @@ def _read_attention(words: LayerWords, reader: _Reader, layer: nn.Module) -> Non
         words.key_norm, _ = reader.norm(attention, "k_norm", sizes[1])
 
 
-def _read_mlp(words: LayerWords, reader: _Reader, layer: nn.Module, act: int) -> None:
+def _read_mlp(words: LayerWords, reader: Reader, layer: nn.Module, act: int) -> None:
     mlp = reader.part(layer, "mlp", lambda m: type(m) is PartitionedMlp or type(m).__name__ in MIXTURES)
     words.n_experts = 1
     if isinstance(mlp, PartitionedMlp):

@@ -30,7 +30,7 @@ LIBRARY = Path(__file__).with_name("libscheinfer.so")
 ISAS = ("portable", "AVX2", "AVX512", "AVX512_BF16", "AMX_BF16")
 """Instruction sets that the kernel is compiled for, the best last."""
 CHOICES = ("auto", "native", "torch")
-_INTERFACE, _NOT_OURS = 15, 3
+_INTERFACE, _NOT_OURS = 16, 3
 MOST_WIDTH = 256
 """Of a head in a prompt's attention."""
 _AMX_ROWS = 32  # as many as AMX computes in the time of one
@@ -160,6 +160,10 @@ class Kernel:
         code, best = _DTYPES[query.dtype], ISAS.index(isa or self.isa)
         check(self.library.scheinfer_attend(*pointers, shape.buffer_info()[0], scale, code, best, threads()))
         return out
+
+    def latent(self, words: LayerWords, out: Tensor) -> None:
+        """Latent attention of words.x into out, before the output projection; see latent.cpp."""
+        check(self.library.scheinfer_latent(ctypes.byref(words), out.data_ptr(), threads()))
 
     def layer(self, words: LayerWords) -> None:
         """A decoder layer for new tokens of each sequence, on threads() threads; see runtime.native.layer."""

@@ -1,0 +1,175 @@
+"""Latent attention on the CPU in one native call, but for the output projection: DeepSeek-V2's and -V3's.
+
+transformers makes keys and values of all heads from every latent in the cache again for each new token: a third of the
+time of a token behind 512 others. The kernel turns the query to the latents instead (runtime/native/latent.cpp).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from runtime import native
+from runtime.kv import GrowingLayer, Room
+from runtime.native.layer import HALVES, PAIRS, PAIRS_APART, LayerWords
+from runtime.prompt import Tables, are_of
+from runtime.watch import Watch
+
+if TYPE_CHECKING:
+    from runtime.layer import Reader
+
+LATENT = frozenset(("DeepseekV2Attention", "DeepseekV3Attention"))
+"""Attention modules that keep latents of tokens."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An attention module's words for the kernel, and what they were read from."""
+
+    words: LayerWords
+    dtype: torch.dtype
+    watch: Watch
+
+
+class LatentAttention(nn.Module):
+    """Latent attention by the kernel, in place of the module whose weights it holds."""
+
+    layer_idx: int
+    latent: Prepared
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, S, D] -> [B, S, D]."""
+        tables = real_tables(position_embeddings, self.latent.words)
+        if attention_mask is None and tables is not None and kwargs.get("is_causal") is not False:
+            past = self._past(hidden_states, tables, past_key_values)
+            if past is not None:
+                mixed = self._mix(hidden_states, tables, *past)
+                projected: Tensor = self.get_submodule("o_proj")(mixed)
+                return projected, None
+        out: tuple[Tensor, Tensor | None] = super().forward(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        return out
+
+    def _past(self, hidden: Tensor, tables: Tables, cache: object) -> tuple[GrowingLayer, Room] | None:
+        """What the cache holds, with room behind it; None where the kernel does not compute this call."""
+        words = self.latent.words
+        if not is_plain(hidden, tables, self.latent.dtype, words) or not self.latent.watch.holds():
+            return None
+        if type(cache) is not DynamicCache or "update" in vars(cache) or cache.offloading:
+            return None
+        past = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
+        if type(past) is not GrowingLayer:
+            return None
+        room = past.room(cache_sizes(words, hidden.shape[0], self.latent.dtype), hidden.shape[1])
+        return None if room is None else (past, room)
+
+    def _mix(self, hidden: Tensor, tables: Tables, past: GrowingLayer, room: Room) -> Tensor:
+        kernel, words = native.kernel(), self.latent.words
+        assert kernel is not None, "asked before"
+        n_new, kept = hidden.shape[1], write_tables(words, hidden, tables)
+        words.n_past, words.x = past.get_seq_length(), hidden.data_ptr()
+        words.keys, words.values = room.words[:2]
+        words.key_strides[:], words.value_strides[:] = room.words[2:5], room.words[5:]
+        out = hidden.new_empty((*hidden.shape[:2], words.n_heads * words.value_width))
+        kernel.latent(words, out)
+        del kept
+        past.written(n_new)
+        return out
+
+
+def real_tables(given: object, words: LayerWords) -> Tables | None:
+    """Cosine and sine of each token, or twice one table of both where they are complex; None if they are otherwise."""
+    if words.latent and words.turns == PAIRS:
+        if not isinstance(given, Tensor) or given.dtype != torch.complex64 or given.dim() != 3:
+            return None
+        pairs = torch.view_as_real(given).flatten(-2)
+        return pairs, pairs
+    return given if isinstance(given, tuple) else None
+
+
+def table_dtype(words: LayerWords, dtype: torch.dtype) -> torch.dtype:
+    """Of tables of rotations, for weights of a dtype."""
+    return torch.float32 if words.latent and words.turns == PAIRS else dtype
+
+
+def cache_sizes(words: LayerWords, batch: int, dtype: torch.dtype) -> tuple[object, ...]:
+    """Of the keys and values that a layer goes on from: see Room.holds."""
+    if words.latent:
+        return batch, 1, words.latent_width, words.head_width, dtype
+    return batch, words.n_kv_heads, words.head_width, words.head_width, dtype
+
+
+def widest_head(words: LayerWords) -> int:
+    """Width of a head's queries or values, whichever are wider."""
+    return int(max(words.pass_width + words.head_width, words.value_width) if words.latent else words.head_width)
+
+
+def is_plain(hidden: Tensor, tables: Tables, dtype: torch.dtype, words: LayerWords) -> bool:
+    """Whether hidden [B, S, D] and its tables are as the kernel reads them, for a step of few tokens or a prompt."""
+    if hidden.dim() != 3 or not hidden.is_contiguous() or hidden.dtype != dtype or torch.is_grad_enabled():
+        return False
+    cos, sin = tables
+    if cos.dtype != table_dtype(words, dtype):
+        return False
+    if not are_of(hidden, tables, words.head_width) or not (cos.is_contiguous() and sin.is_contiguous()):
+        return False
+    kernel = native.kernel()
+    if kernel is None or not native.holds(hidden) or not native.holds(cos, sin):
+        return False
+    return hidden.shape[1] == 1 or (kernel.attends_prompts and widest_head(words) <= native.MOST_WIDTH)
+
+
+def write_tables(words: LayerWords, hidden: Tensor, tables: Tables) -> Tables:
+    """The words of new tokens' number and of their rotations; the tables, which must be held until the call."""
+    batch, n_new = hidden.shape[:2]
+    alone = n_new == 1 and tables[0].numel() == words.head_width
+    cos, sin = tables if alone else (t.expand(batch, -1, -1).contiguous() for t in tables)
+    words.rows, words.n_new = batch * n_new, n_new
+    words.cosine, words.sine = cos.data_ptr(), sin.data_ptr()
+    words.table_stride = 0 if alone else words.head_width
+    return cos, sin
+
+
+def read_latent(words: LayerWords, reader: Reader, attention: Any) -> None:
+    """An attention module's words. UnfitError if the kernel does not compute it."""
+    config, rank = attention.config, reader.fact(attention, "q_lora_rank")
+    nope, rope, value = (reader.fact(attention, f"{name}_head_dim") for name in ("qk_nope", "qk_rope", "v"))
+    latent = reader.fact(attention, "kv_lora_rank")
+    words.n_heads, words.n_kv_heads, words.head_width = reader.fact(attention, "num_heads"), 1, rope
+    words.latent_width, words.pass_width, words.value_width = latent, nope, value
+    words.scale, words.clip = reader.fact(attention, "scaling"), torch.inf
+    reader.check("rotated", rope % 2 == 0 and rope <= native.MOST_WIDTH)
+    if type(attention).__name__.startswith("DeepseekV2"):
+        words.turns = PAIRS
+    else:
+        words.turns = PAIRS_APART if reader.fact(config, "rope_interleave") else HALVES
+    n_query = words.n_heads * (nope + rope)
+    words.key_norm, words.head_eps = reader.norm(attention, "kv_a_layernorm", latent)
+    if rank is None:
+        words.query, words.query_bias = reader.linear(attention, "q_proj", (n_query, words.width))
+    else:
+        words.query_rank = rank
+        words.query_down, words.query_down_bias = reader.linear(attention, "q_a_proj", (rank, words.width))
+        words.query_norm, eps = reader.norm(attention, "q_a_layernorm", rank)
+        reader.check("q_a_layernorm", eps == words.head_eps)
+        words.query, words.query_bias = reader.linear(attention, "q_b_proj", (n_query, rank))
+    words.latent, words.latent_bias = reader.linear(attention, "kv_a_proj_with_mqa", (latent + rope, words.width))
+    words.expand, bias = reader.linear(attention, "kv_b_proj", (words.n_heads * (nope + value), latent))
+    reader.check("bias of kv_b_proj", not bias)
+    words.output, words.output_bias = reader.linear(attention, "o_proj", (words.width, words.n_heads * value))
