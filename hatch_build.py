@@ -43,6 +43,7 @@ _ANYWHERE: dict[str, tuple[str, ...]] = dict.fromkeys(
         "probe.cpp",
         "queues.cpp",
         "prompt.cpp",
+        "router.cpp",
         "step.cpp",
     ),
     (),

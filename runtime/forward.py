@@ -6,6 +6,7 @@ takes 0.2 ms by itself and 2 to 3 ms there (experiments/LOG.md). Whatever is unu
 
 from __future__ import annotations
 
+import copy
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,10 +33,10 @@ from sim.workload import Step
 
 _N_POSITIONS = 256
 _STATIC_ROPES = frozenset(("default", "linear", "llama3", "yarn"))
-"""Whose frequencies do not depend on how long a sequence has become."""
+"""Whose frequencies do not depend on how long a sequence has become; of PhiMoE's only the first."""
 _LAST_LOGITS = (0, 1)
 _GIVEN = frozenset(("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"))
-_SETTINGS = ("_output_attentions", "output_attentions", "return_dict", "sliding_window", *ASKED)
+_SETTINGS = ("_output_attentions", "output_attentions", "return_dict", "sliding_window", "rope_parameters", *ASKED)
 _Given = tuple[Tensor, Tensor | None, Tensor | None, Any]
 """Token ids [B, 1], attention mask, positions, cache."""
 
@@ -85,7 +86,7 @@ class Forward:
     as_set: list[object] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.as_set = list(map(self.settings.get, _SETTINGS))
+        self.as_set = copy.deepcopy(list(map(self.settings.get, _SETTINGS)))  # PhiMoE reads a dict of them in each step
 
     def step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelOutput | None:
         """What the model returns, logits [B, 1, V]; None, and nothing done, where modules must do it."""
@@ -188,7 +189,8 @@ def forward_of(model: PreTrainedModel, executor: Executor) -> Forward | None:
     first = span.prepared[0]
     if type(embed) is not nn.Embedding or embed.max_norm is not None or rotary is None:
         return None
-    if getattr(rotary, "rope_type", None) not in _STATIC_ROPES or executor.spec.family not in FAMILIES:
+    family, rope = executor.spec.family, getattr(rotary, "rope_type", None)
+    if family not in FAMILIES or rope not in (("default",) if family == "phimoe" else _STATIC_ROPES):
         return None
     tables = Tables(rotary, torch.empty(0, dtype=first.dtype, device="cpu"), first.words)
     size = (_N_POSITIONS, first.words.head_width)
@@ -208,7 +210,7 @@ def forward_of(model: PreTrainedModel, executor: Executor) -> Forward | None:
         n_logits=head.weight.shape[0],
         times=times.buffer_info()[0],
     )
-    output = MoeCausalLMOutputWithPast if executor.spec.family in MIXTURES else CausalLMOutputWithPast
+    output = MoeCausalLMOutputWithPast if family in MIXTURES else CausalLMOutputWithPast
     settings, watch = vars(model.config), _watch(model, inner, span)
     return Forward(executor, span, words, watch, settings, tables, output, head.weight.shape[0], times)
 

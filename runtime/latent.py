@@ -7,20 +7,18 @@ time of a token behind 512 others. The kernel turns the query to the latents ins
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from runtime import native
 from runtime.kv import GrowingLayer, Room
 from runtime.native.layer import HALVES, PAIRS, PAIRS_APART, LayerWords
 from runtime.prompt import Tables, are_of
+from runtime.reader import Reader, UnfitError
 from runtime.watch import Watch
-
-if TYPE_CHECKING:
-    from runtime.layer import Reader
 
 LATENT = frozenset(("DeepseekV2Attention", "DeepseekV3Attention"))
 """Attention modules that keep latents of tokens."""
@@ -146,6 +144,37 @@ def write_tables(words: LayerWords, hidden: Tensor, tables: Tables) -> Tables:
     return cos, sin
 
 
+def use_latents(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Let the kernel compute latent attention of modules on the CPU; whether it computes all attention there is."""
+    kernel, everywhere = native.kernel(), True
+    for module in model.modules():
+        if type(module).__name__ not in LATENT:
+            continue
+        try:
+            if kernel is None:
+                raise UnfitError("kernel")
+            prepared = _prepare_latent(module, dtype, kernel)
+        except UnfitError:
+            everywhere = False
+            continue
+        cls = type(module)
+        module.__class__ = type(cls.__name__, (LatentAttention, cls), {"__module__": cls.__module__})
+        assert isinstance(module, LatentAttention)
+        module.latent = prepared
+    return everywhere
+
+
+def _prepare_latent(module: nn.Module, dtype: torch.dtype, kernel: native.Kernel) -> Prepared:
+    words, reader = LayerWords(), Reader(dtype)
+    code = native.dtype_code(dtype)
+    if code is None or not hasattr(module, "expand_kv"):  # which versions that cache keys and values lack
+        raise UnfitError("dtype or cache")
+    words.dtype, words.isa, words.width = code, native.ISAS.index(kernel.isa), module.hidden_size
+    read_latent(words, reader, module)
+    reader.fact(module, "training")
+    return Prepared(words, dtype, Watch.of(reader.links, reader.values, reader.facts))
+
+
 def read_latent(words: LayerWords, reader: Reader, attention: Any) -> None:
     """An attention module's words. UnfitError if the kernel does not compute it."""
     config, rank = attention.config, reader.fact(attention, "q_lora_rank")
@@ -154,7 +183,8 @@ def read_latent(words: LayerWords, reader: Reader, attention: Any) -> None:
     words.n_heads, words.n_kv_heads, words.head_width = reader.fact(attention, "num_heads"), 1, rope
     words.latent_width, words.pass_width, words.value_width = latent, nope, value
     words.scale, words.clip = reader.fact(attention, "scaling"), torch.inf
-    reader.check("rotated", rope % 2 == 0 and rope <= native.MOST_WIDTH)
+    if rope % 2 or rope > native.MOST_WIDTH:
+        raise UnfitError("qk_rope_head_dim")
     if type(attention).__name__.startswith("DeepseekV2"):
         words.turns = PAIRS
     else:
@@ -167,9 +197,11 @@ def read_latent(words: LayerWords, reader: Reader, attention: Any) -> None:
         words.query_rank = rank
         words.query_down, words.query_down_bias = reader.linear(attention, "q_a_proj", (rank, words.width))
         words.query_norm, eps = reader.norm(attention, "q_a_layernorm", rank)
-        reader.check("q_a_layernorm", eps == words.head_eps)
+        if eps != words.head_eps:
+            raise UnfitError("q_a_layernorm")
         words.query, words.query_bias = reader.linear(attention, "q_b_proj", (n_query, rank))
     words.latent, words.latent_bias = reader.linear(attention, "kv_a_proj_with_mqa", (latent + rope, words.width))
     words.expand, bias = reader.linear(attention, "kv_b_proj", (words.n_heads * (nope + value), latent))
-    reader.check("bias of kv_b_proj", not bias)
+    if bias:
+        raise UnfitError("kv_b_proj")
     words.output, words.output_bias = reader.linear(attention, "o_proj", (words.width, words.n_heads * value))

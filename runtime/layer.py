@@ -8,7 +8,6 @@ modules it is made of.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeGuard
@@ -21,35 +20,22 @@ from runtime import native
 from runtime.executor import Executor
 from runtime.ffn import PartitionedExperts, PartitionedMlp
 from runtime.kv import GrowingLayer, Room
-from runtime.latent import (
-    LATENT,
-    LatentAttention,
-    cache_sizes,
-    is_plain,
-    read_latent,
-    real_tables,
-    write_tables,
-)
-from runtime.latent import Prepared as PreparedLatent
+from runtime.latent import LatentAttention, cache_sizes, is_plain, read_latent, real_tables, write_tables
 from runtime.native.layer import LayerWords
-from runtime.projection import FEW_ROWS, Projection, is_kernels
+from runtime.projection import FEW_ROWS, is_kernels
 from runtime.prompt import Tables
+from runtime.reader import Reader, UnfitError
 from runtime.recording import LayerRun
+from runtime.router import read_router, read_shared
 from runtime.skeleton import decoder_layers
-from runtime.watch import Fact, Link, Value, Watch
+from runtime.watch import Watch
 
-MIXTURES = frozenset(f"{family}SparseMoeBlock" for family in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe"))
-"""Mixtures whose router takes the likeliest experts of a softmax."""
-LATENT_LAYERS = frozenset(f"{family}DecoderLayer" for family in ("DeepseekV2", "DeepseekV3"))
-LAYERS = LATENT_LAYERS | frozenset(
-    f"{family}DecoderLayer"
-    for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe")
-)
+_SPARSE = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "Phimoe")
+MIXTURES = frozenset((*(f"{family}SparseMoeBlock" for family in _SPARSE), "DeepseekV2Moe", "DeepseekV3MoE"))
+"""Mixtures that add what a router chose, and what all rows have beside it."""
+_LATENT = ("DeepseekV2", "DeepseekV3")
+LAYERS = frozenset(f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", *_SPARSE, *_LATENT))
 """Layers that add attention of a norm, then an MLP of a norm."""
-
-
-class UnfitError(Exception):
-    """A layer is not as the kernel takes it."""
 
 
 @dataclass(frozen=True)
@@ -156,37 +142,6 @@ def grows(cache: object) -> TypeGuard[DynamicCache]:
     return type(cache) is DynamicCache and "update" not in vars(cache) and not cache.offloading
 
 
-def use_latents(model: PreTrainedModel, dtype: torch.dtype) -> bool:
-    """Let the kernel compute latent attention of modules on the CPU; whether it computes all attention there is."""
-    kernel, everywhere = native.kernel(), True
-    for module in model.modules():
-        if type(module).__name__ not in LATENT:
-            continue
-        try:
-            if kernel is None:
-                raise UnfitError("kernel")
-            prepared = _prepare_latent(module, dtype, kernel)
-        except UnfitError:
-            everywhere = False
-            continue
-        cls = type(module)
-        module.__class__ = type(cls.__name__, (LatentAttention, cls), {"__module__": cls.__module__})
-        assert isinstance(module, LatentAttention)
-        module.latent = prepared
-    return everywhere
-
-
-def _prepare_latent(module: nn.Module, dtype: torch.dtype, kernel: native.Kernel) -> PreparedLatent:
-    words, reader = LayerWords(), Reader(dtype)
-    code = native.dtype_code(dtype)
-    reader.check("dtype", code is not None)
-    reader.check("a cache of keys and values", hasattr(module, "expand_kv"))
-    words.dtype, words.isa, words.width = code, native.ISAS.index(kernel.isa), module.hidden_size
-    read_latent(words, reader, module)
-    reader.fact(module, "training")
-    return PreparedLatent(words, dtype, Watch.of(reader.links, reader.values, reader.facts))
-
-
 def use_layers(model: PreTrainedModel, executor: Executor) -> None:
     """Let the kernel compute whole layers of small steps and prompts where the plan leaves them to the CPU."""
     kernel = native.kernel()
@@ -208,57 +163,6 @@ def use_layers(model: PreTrainedModel, executor: Executor) -> None:
 # -- a layer's words ----------------------------------------------------------------------------------
 
 
-class Reader:
-    """Reads a layer's modules and remembers what it read. UnfitError if the kernel does not take it."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.links: list[Link] = []
-        self.values: list[Value] = []
-        self.facts: list[Fact] = []
-
-    def part(self, owner: nn.Module, name: str, fits: Callable[[nn.Module], bool]) -> nn.Module:
-        """A module of another, if it is of the kind asked for."""
-        module = owner._modules.get(name)
-        if module is None or not fits(module):
-            raise UnfitError(name)
-        self.links.append((owner._modules, name, module))
-        return module
-
-    def address(self, module: nn.Module, name: str = "weight", shape: tuple[int, ...] | None = None) -> int:
-        """Where a parameter lies; 0 if the module has none of that name."""
-        value = module._parameters.get(name)
-        self.values.append((module._parameters, name, 0 if value is None else value.data_ptr()))
-        if value is None and shape is None:
-            return 0
-        if value is None:
-            raise UnfitError(name)
-        wrong = value.dtype != self.dtype or value.device.type != "cpu" or not value.is_contiguous()
-        if wrong or (shape is not None and value.shape != shape):
-            raise UnfitError(name)
-        return value.data_ptr()
-
-    def check(self, what: str, fits: bool) -> None:
-        """UnfitError unless it fits."""
-        if not fits:
-            raise UnfitError(what)
-
-    def fact(self, owner: object, name: str) -> Any:
-        """An attribute that is neither module nor parameter; None if there is none."""
-        self.facts.append((owner, name, getattr(owner, name, None)))
-        return self.facts[-1][-1]
-
-    def linear(self, owner: nn.Module, name: str, shape: tuple[int, int]) -> tuple[int, int]:
-        """Addresses of a projection's weight [out, in] and of its bias, 0 for none."""
-        module = self.part(owner, name, lambda m: type(m) is Projection)
-        return self.address(module, "weight", shape), self.address(module, "bias")
-
-    def norm(self, owner: nn.Module, name: str, width: int) -> tuple[int, float]:
-        """Address of a root mean square norm's weight, and its epsilon."""
-        module = self.part(owner, name, lambda m: type(m).__name__.endswith("RMSNorm"))
-        return self.address(module, "weight", (width,)), float(self.fact(module, "variance_epsilon"))
-
-
 def prepare(layer: nn.Module, index: int, executor: Executor, kernel: native.Kernel) -> Prepared:
     """A layer's words. UnfitError if the kernel does not compute such a layer."""
     dtype: torch.dtype = getattr(torch, executor.spec.dtype)
@@ -267,10 +171,11 @@ def prepare(layer: nn.Module, index: int, executor: Executor, kernel: native.Ker
         raise UnfitError(type(layer).__name__)
     words, reader = LayerWords(), Reader(dtype)
     words.dtype, words.isa, words.act, words.width = code, native.ISAS.index(kernel.isa), act, executor.spec.d_model
-    words.input_norm, words.input_eps = reader.norm(layer, "input_layernorm", words.width)
-    words.post_norm, words.post_eps = reader.norm(layer, "post_attention_layernorm", words.width)
+    width = words.width
+    words.input_norm, words.input_norm_bias, words.input_eps = reader.any_norm(layer, "input_layernorm", width)
+    words.post_norm, words.post_norm_bias, words.post_eps = reader.any_norm(layer, "post_attention_layernorm", width)
     reader.fact(layer, "training")
-    if type(layer).__name__ in LATENT_LAYERS:
+    if type(layer).__name__.startswith(_LATENT):
         read_latent(words, reader, reader.part(layer, "self_attn", lambda m: isinstance(m, LatentAttention)))
     else:
         _read_attention(words, reader, layer)
@@ -307,21 +212,12 @@ def _read_mlp(words: LayerWords, reader: Reader, layer: nn.Module, act: int) -> 
     if isinstance(mlp, PartitionedMlp):
         return
     experts: Any = reader.part(mlp, "experts", lambda m: type(m) is PartitionedExperts)
-    gate: Any = reader.part(mlp, "gate", lambda m: type(m).__name__.endswith("TopKRouter"))
-    words.n_experts, words.top_k = experts.num_experts, reader.fact(gate, "top_k")
-    words.router = reader.address(gate, "weight", (words.n_experts, words.width))
-    normalises = reader.fact(gate, "norm_topk_prob")
-    words.normalises = normalises or not hasattr(gate, "norm_topk_prob")  # Mixtral's, for one
-    words.rounds = not type(mlp).__name__.startswith("Mixtral")  # whose weights stay float32
-    if not hasattr(mlp, "shared_expert"):
-        return
-    shared: Any = reader.part(mlp, "shared_expert", lambda m: True)
-    reader.part(shared, "act_fn", lambda m: native.activation_code(m) == act)
-    columns = words.shared_columns = shared.gate_proj.weight.shape[0]
-    words.shared_gate, _ = reader.linear(shared, "gate_proj", (columns, words.width))
-    words.shared_up, _ = reader.linear(shared, "up_proj", (columns, words.width))
-    words.shared_down, _ = reader.linear(shared, "down_proj", (words.width, columns))
-    words.shared_weight, _ = reader.linear(mlp, "shared_expert_gate", (1, words.width))
+    name = "router" if "router" in mlp._modules else "gate"
+    read_router(words, reader, reader.part(mlp, name, lambda m: True))
+    noisy = reader.fact(mlp, "training") and reader.fact(mlp, "input_jitter_noise")
+    if words.n_experts != experts.num_experts or noisy:
+        raise UnfitError(name)
+    read_shared(words, reader, mlp, act)
 
 
 def _table(words: LayerWords, executor: Executor, index: int) -> array[int]:

@@ -6,6 +6,7 @@ of a Zen 5, torch 2.13), a sixth of a whole prompt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,6 +73,21 @@ def are_of(hidden: Tensor, tables: Tables, width: int) -> bool:
     return cos.shape == sin.shape and tuple(cos.shape) in ((1, n_new, width), (batch, n_new, width))
 
 
+def heads_of(module: nn.Module, flats: Sequence[Tensor], width: int) -> list[Tensor]:
+    """What an attention module turns and attends of its projections of rows [..., N * D]: heads [..., N, D].
+
+    A norm is of each head, or of all heads of a row where it has a weight for each of their numbers.
+    """
+    found, clip = [], getattr(getattr(module, "config", None), "clip_qkv", None)
+    for name, flat in zip(("q_norm", "k_norm", ""), flats, strict=True):
+        norm: Any = module._modules.get(name)
+        whole = norm is not None and norm.weight.shape[0] == flat.shape[-1]
+        heads = (norm(flat) if whole else flat).unflatten(-1, (-1, width))
+        heads = heads if norm is None or whole else norm(heads)
+        found.append(heads if clip is None else heads.clamp_(-clip, clip))
+    return found
+
+
 def attend_layer(
     module: nn.Module, kernel: native.Kernel, hidden: Tensor, tables: Tables, past: Any, layer: int, scale: float
 ) -> Tensor:
@@ -80,9 +96,8 @@ def attend_layer(
     cos, sin = (table.expand(batch, -1, -1).reshape(batch * n_new, -1) for table in tables)
     width = cos.shape[-1]
     projections = [module.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
-    query, key, value = (flat.view(batch * n_new, -1, width) for flat in project(projections, hidden))
-    if hasattr(module, "q_norm"):
-        query, key = module.get_submodule("q_norm")(query), module.get_submodule("k_norm")(key)
+    flats = [flat.view(batch * n_new, -1) for flat in project(projections, hidden)]
+    query, key, value = heads_of(module, flats, width)
     kernel.turn(query, cos, sin)
     kernel.turn(key, cos, sin)
     keys, values = (flat.view(batch, n_new, -1, width).transpose(1, 2) for flat in (key, value))

@@ -29,7 +29,8 @@ from runtime.devices.base import failure
 from runtime.executor import Executor
 from runtime.ffn import PartitionedExperts, PartitionedMlp, attach
 from runtime.forward import Forward, forward_of
-from runtime.layer import use_latents, use_layers
+from runtime.latent import use_latents
+from runtime.layer import use_layers
 from runtime.lean import use_lean_steps
 from runtime.memory import WeightStore, allocate, fill_cache, trim_heap
 from runtime.projection import use_projections

@@ -20,6 +20,7 @@ from runtime.kv import GrowingLayer, Room
 from runtime.latent import real_tables, table_dtype
 from runtime.layer import Prepared, StepLayer, grows
 from runtime.native.layer import LayersWords, LayerWords
+from runtime.reader import Reader, UnfitError
 from runtime.recording import LayerRun
 from runtime.watch import Watch, own_listeners
 
@@ -114,17 +115,16 @@ def span_of(model: nn.Module, executor: Executor) -> Span | None:
     layers, norm = list(model.get_submodule("layers").children()), model.get_submodule("norm")
     prepared = tuple(_prepared(layer) for layer in layers)
     forms = {(p.dtype, p.words.width, p.words.head_width, p.words.turns) for p in prepared}
-    weight = norm._parameters.get("weight")
-    width = prepared[0].words.width
-    if len(forms) > 1 or weight is None or weight.dtype != prepared[0].dtype or weight.shape != (width,):
+    if len(forms) > 1:
         return None
-    if not type(norm).__name__.endswith("RMSNorm") or weight.device.type != "cpu" or not weight.is_contiguous():
+    reader = Reader(prepared[0].dtype)
+    try:
+        weight, bias, eps = reader.any_norm(model, "norm", prepared[0].words.width)
+    except UnfitError:
         return None
     pointers = (ctypes.POINTER(LayerWords) * len(layers))(*(ctypes.pointer(p.words) for p in prepared))
-    eps = getattr(norm, "variance_epsilon", 0.0)
-    words = LayersWords(layers=pointers, n_layers=len(layers), norm=weight.data_ptr(), eps=eps)
-    entered = own_listeners((*layers, norm))
-    read = Watch.of((), [(norm._parameters, "weight", weight.data_ptr())], [(norm, "variance_epsilon", eps)], entered)
+    words = LayersWords(layers=pointers, n_layers=len(layers), norm=weight, norm_bias=bias, eps=eps)
+    read = Watch.of((), reader.values, reader.facts, own_listeners((*layers, norm)))
     watch = Watch.of_all([*(p.watch for p in prepared), read])
     modules: dict[str, Any] = model._modules
     return Span(executor, modules, layers, prepared, norm, words, watch)

@@ -16,13 +16,13 @@ from runtime import native
 from runtime.attention import attend_one
 from runtime.latent import LatentAttention
 from runtime.projection import FEW_ROWS, Projection, is_kernels, untouched
-from runtime.prompt import are_of, attend_layer, may_attend
+from runtime.prompt import are_of, attend_layer, heads_of, may_attend
 
 ATTENTIONS = frozenset(
     f"{family}Attention"
-    for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Phimoe")
+    for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "Phimoe")
 )
-"""Modules that project, norm each head if they have norms for it, turn halves of heads, attend, and project again."""
+"""Modules that project, norm heads or rows if they have norms for them, turn halves of heads, attend, project again."""
 
 
 class StepNorm(nn.Module):
@@ -39,6 +39,18 @@ class StepNorm(nn.Module):
             return kernel.norm(x, self.weight, self.variance_epsilon)
         out: Tensor = super().forward(x)
         return out
+
+
+class StepLayerNorm(nn.LayerNorm):
+    """A layer norm, in place of the one whose weight and bias it holds."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        """[..., D] -> [..., D]."""
+        kernel, x = native.kernel(), input
+        known = is_kernels(x.numel() // max(1, x.shape[-1])) and self.normalized_shape == x.shape[-1:]
+        if kernel is None or not known or not x.is_contiguous() or not native.holds(x, self.weight, self.bias):
+            return super().forward(x)
+        return kernel.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class StepAttention(nn.Module):
@@ -76,12 +88,8 @@ class StepAttention(nn.Module):
         assert position_embeddings is not None, "a step has them"
         batch, width = hidden_states.shape[0], self.head_dim
         layers = [(p.weight, p.bias) for p in self._projections()]
-        query, key, value = (
-            flat.view(batch, -1, width) for flat in kernel.linears(hidden_states.view(batch, -1), layers)
-        )
-        if hasattr(self, "q_norm"):
-            query = self.get_submodule("q_norm")(query[:, None])[:, 0]
-            key = self.get_submodule("k_norm")(key[:, None])[:, 0]
+        flats = kernel.linears(hidden_states.view(batch, -1), layers)
+        query, key, value = (heads[:, 0] for heads in heads_of(self, [flat[:, None] for flat in flats], width))
         cos, sin = (table.reshape(-1, width) for table in position_embeddings)
         kernel.turn(query, cos, sin)
         kernel.turn(key, cos, sin)
@@ -137,4 +145,6 @@ def _mixin(module: nn.Module) -> type[nn.Module] | None:
     name = type(module).__name__
     if name in ATTENTIONS:
         return StepAttention
+    if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.bias is not None:
+        return StepLayerNorm
     return StepNorm if name.endswith("RMSNorm") and hasattr(module, "variance_epsilon") else None

@@ -30,7 +30,7 @@ from tests.tiny import DENSE, LATENT, eager, tokens
 
 INSTALLED = native.installed()
 pytestmark = pytest.mark.skipif(isinstance(INSTALLED, KernelError), reason=f"no native kernel: {INSTALLED}")
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe")
 TOLERANCE = 1e-4
 N_LAYERS, N_GEN = 3, 64
 N_PROMPT = FEW_ROWS + 1  # a prompt's rows where attention of prompts is the kernel's, else the modules'
@@ -104,15 +104,14 @@ def test_tokens_and_logits_are_eager_transformers_and_every_layer_of_every_step_
     expected = greedy(theirs, ids, N_GEN)
     with loaded(folder, cpu_plan(folder)) as model:
         assert greedy(model, ids, N_GEN) == expected
-        prompt = [] if family == "olmoe" else [batch * N_PROMPT] * N_LAYERS
-        assert calls == prompt + [batch] * (N_LAYERS * (N_GEN - 1))
+        assert calls == [batch * N_PROMPT] * N_LAYERS + [batch] * (N_LAYERS * (N_GEN - 1))
         whole = torch.cat([ids, torch.tensor(expected)], dim=1)
         found, exact = fed(model, whole, N_PROMPT), fed(theirs, whole, N_PROMPT)
     torch.testing.assert_close(found, exact, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["phimoe", *LATENT])
-def test_families_with_other_norms_routers_or_caches_keep_their_modules(
+@pytest.mark.parametrize("family", LATENT)
+def test_families_with_other_caches_keep_their_modules(
     family: str, tiny_checkpoint: TinyCheckpoint, calls: list[int]
 ) -> None:
     folder = tiny_checkpoint(family)
@@ -163,7 +162,7 @@ def stepped(model: PlannedModel, past: list[torch.Tensor], ids: torch.Tensor, ro
     return found
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mixtral", "qwen2_moe", "olmoe"])
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "qwen2_moe", "olmoe", "phimoe"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_has_the_same_bits_whatever_the_others_are_and_whatever_the_threads(
     family: str, dtype: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
@@ -204,7 +203,7 @@ def agrees(folder: Path, run: Callable[[PreTrainedModel], torch.Tensor]) -> None
         torch.testing.assert_close(run(model), run(eager(folder)), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "olmoe", "phimoe"])
 def test_padding_leaves_layers_to_their_modules(family: str, tiny_checkpoint: TinyCheckpoint, calls: list[int]) -> None:
     folder = tiny_checkpoint(family)
     ids, mask = left_padded(tokens(N_PROMPT, 2), [N_PROMPT, 3])
@@ -264,6 +263,31 @@ def test_a_weight_that_moves_and_a_part_that_is_replaced_are_noticed(tiny_checkp
         return fed(model, tokens(N_PROMPT + 3), N_PROMPT)
 
     agrees(tiny_checkpoint("qwen3"), run)
+
+
+PHIMOES: dict[str, Callable[[Any], object]] = {
+    "the router's reach": lambda m: setattr(m.model.layers[1].mlp.router, "router_jitter_noise", 0.3),
+    "a norm's bias": lambda m: setattr(m.model.layers[1].input_layernorm.bias, "data", torch.ones(32)),
+    "a norm's epsilon": lambda m: setattr(m.model.layers[0].post_attention_layernorm, "eps", 0.5),
+    "the last norm's bias": lambda m: setattr(m.model.norm.bias, "data", torch.ones(32)),
+    "the last norm's epsilon": lambda m: setattr(m.model.norm, "eps", 0.5),
+    "a norm": lambda m: setattr(m.model.layers[2], "input_layernorm", torch.nn.Identity()),
+    "the rotary base": lambda m: m.config.rope_parameters.update(rope_theta=500.0),
+}
+
+
+@pytest.mark.parametrize("what", PHIMOES)
+def test_what_is_altered_in_phimoe_counts_from_the_next_step(what: str, tiny_checkpoint: TinyCheckpoint) -> None:
+    @torch.no_grad()
+    def run(model: PreTrainedModel) -> torch.Tensor:
+        cache, ids, found = DynamicCache(config=model.config), tokens(N_PROMPT + 4, 2), []
+        for i, some in enumerate(ids.split([N_PROMPT, *[1] * 4], dim=1)):
+            if i == 3:
+                PHIMOES[what](model)
+            found.append(model(some, past_key_values=cache, use_cache=True).logits[:, -1])
+        return torch.cat(found)
+
+    agrees(tiny_checkpoint("phimoe"), run)
 
 
 def test_torch_alone_computes_the_same(tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from hwmodels.errors import ExecutionError, KernelError
 from runtime import native
 from runtime.native import Kernel
 from runtime.native.layer import LayerWords
-from runtime.projection import FEW_ROWS, computes_prompt
+from runtime.projection import computes_prompt
 from runtime.session import PlannedModel
 from tests.conftest import TinyCheckpoint
 from tests.planned import greedy, left_padded, loaded, on_cpu, spec_of
@@ -32,7 +32,6 @@ pytestmark = pytest.mark.skipif(not HAS_PROMPTS, reason=f"no native kernel of pr
 needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="prompts in bfloat16 are torch's here")
 SIZES = [(batch, n) for batch in (1, 3) for n in (2, 8, 9, 37, 300)]
 CHUNKS = ([2, 300], [37, 9, 8, 1, 2], [300, 1, 1, 37])
-KNOWN = tuple(family for family in MIXTURES if family != "olmoe")  # whose attention of prompts the kernel knows
 
 
 def plan(folder: Path, dtype: str = "auto") -> Any:
@@ -81,7 +80,7 @@ def test_a_dense_prompt_in_bfloat16_has_the_bits_that_its_modules_have(
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_a_mixtures_prompt_in_bfloat16_is_as_close_to_float32_as_its_modules_are(
     family: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,9 +116,7 @@ def test_rows_of_a_float32_prompt_are_one_call_for_each_layer_and_eager_transfor
     folder, chunks = tiny_checkpoint(family), cut([n_prompt, n_prompt, 1, n_prompt], batch)
     with loaded(folder, on_cpu(spec_of(folder), n_ctx=400, batch=4)) as model:
         found = read(model, chunks)
-    # OLMoE's attention of prompts is not known: only few rows are the kernel's.
-    taken = [some for some in chunks if family != "olmoe" or some.numel() <= FEW_ROWS]
-    assert calls == [some.numel() for some in taken for _ in range(N_LAYERS)]
+    assert calls == [some.numel() for some in chunks for _ in range(N_LAYERS)]
     torch.testing.assert_close(found, read(eager(folder), chunks), atol=TOLERANCE, rtol=0)
 
 
@@ -147,7 +144,7 @@ def test_steps_of_more_sequences_than_few_are_calls_too(
 # -- routers ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_of_equally_likely_experts_prompts_and_steps_choose_the_first(
     family: str, tiny_checkpoint: TinyCheckpoint
 ) -> None:
@@ -155,7 +152,7 @@ def test_of_equally_likely_experts_prompts_and_steps_choose_the_first(
     folder, n_prompt = tiny_checkpoint(family), 300 if HAS_BFLOAT16 else 8
     dtype = "bfloat16" if HAS_BFLOAT16 else "float32"
     with loaded(folder, plan(folder, dtype), dtype=dtype) as model:
-        gates: list[Any] = [m for name, m in model.named_modules() if name.endswith("mlp.gate")]
+        gates: list[Any] = [m for name, m in model.named_modules() if name.endswith(("mlp.gate", "mlp.router"))]
         n_experts, top_k = gates[0].weight.shape[0], gates[0].top_k
 
         def chosen() -> list[tuple[int, ...]]:
@@ -172,7 +169,7 @@ def test_of_equally_likely_experts_prompts_and_steps_choose_the_first(
         assert chosen() == [(n,) * top_k + (0,) * (n_experts - top_k) for n in n_tokens]
 
 
-@pytest.mark.parametrize("family", ["llama", *KNOWN])
+@pytest.mark.parametrize("family", ["llama", *MIXTURES])
 def test_what_is_not_a_number_stays_in_its_sequence_and_has_experts_too(
     family: str, tiny_checkpoint: TinyCheckpoint
 ) -> None:

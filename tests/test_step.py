@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
@@ -49,6 +49,19 @@ def test_a_norm_is_the_models_own(dtype: torch.dtype, isa: int, n_rows: int, eig
     x = torch.randn(n_rows, 20 * eighths).to(dtype)
     found = INSTALLED.norm(x, module.weight, module.variance_epsilon, INSTALLED.isas[isa])
     torch.testing.assert_close(found, module(x), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@needs_kernel
+@settings(deadline=None, max_examples=40)
+@cases
+@torch.no_grad()
+def test_a_layer_norm_is_torchs(dtype: torch.dtype, isa: int, n_rows: int, eighths: int) -> None:
+    assert isinstance(INSTALLED, native.Kernel)
+    weight, bias = torch.randn(2, 20 * eighths).to(dtype)
+    x = (torch.randn(n_rows, 20 * eighths) + 3).to(dtype)
+    found = INSTALLED.layer_norm(x, weight, bias, 1e-5, INSTALLED.isas[isa])
+    expected = layer_norm(x, (20 * eighths,), weight, bias, 1e-5)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 @needs_kernel

@@ -127,6 +127,15 @@ class Kernel:
         check(self.library.scheinfer_norm(*pointers, n_rows, width, eps, code, best, threads()))
         return y_SD
 
+    def layer_norm(self, x_SD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, isa: str | None = None) -> Tensor:
+        """x less its mean, over its standard deviation, times weight, plus bias; rounded once. Contiguous tensors."""
+        y_SD = torch.empty_like(x_SD)
+        n_rows, width = x_SD.numel() // x_SD.shape[-1], x_SD.shape[-1]
+        pointers = (tensor.data_ptr() for tensor in (x_SD, weight_D, bias_D, y_SD))
+        code, best = _DTYPES[x_SD.dtype], ISAS.index(isa or self.isa)
+        check(self.library.scheinfer_layer_norm(*pointers, n_rows, width, eps, code, best, threads()))
+        return y_SD
+
     def add(self, x_SD: Tensor, y_SD: Tensor, isa: str | None = None) -> Tensor:
         """x + y, rounded once. Contiguous tensors of one shape."""
         sum_SD = torch.empty_like(x_SD)
@@ -164,6 +173,14 @@ class Kernel:
     def latent(self, words: LayerWords, out: Tensor) -> None:
         """Latent attention of words.x into out, before the output projection; see latent.cpp."""
         check(self.library.scheinfer_latent(ctypes.byref(words), out.data_ptr(), threads()))
+
+    def route(self, words: LayerWords, x_SD: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts of each row and their weights, float32: [S, top_k] each, by the router of a layer's words."""
+        chosen = torch.empty((x_SD.shape[0], words.top_k), dtype=torch.int64, device="cpu")
+        weights = torch.empty(chosen.shape, dtype=torch.float32, device="cpu")
+        pointers = (chosen.data_ptr(), weights.data_ptr(), threads())
+        check(self.library.scheinfer_route(ctypes.byref(words), x_SD.data_ptr(), x_SD.shape[0], *pointers))
+        return chosen, weights
 
     def layer(self, words: LayerWords) -> None:
         """A decoder layer for new tokens of each sequence, on threads() threads; see runtime.native.layer."""

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "layer.h"
+#include "router.h"
 #include "rows.h"
 
 extern "C" {
@@ -21,6 +22,8 @@ int scheinfer_mlp(const void* x, void* y, int64_t S, int64_t D, int dtype, int a
                   int64_t n_experts, const int64_t* experts);
 int scheinfer_norm(const void* x, const void* weight, void* y, int64_t S, int64_t D, double eps, int dtype, int isa,
                    int n_threads);
+int scheinfer_layer_norm(const void* x, const void* weight, const void* bias, void* y, int64_t S, int64_t D, double eps,
+                         int dtype, int isa, int n_threads);
 int scheinfer_add(const void* one, const void* other, void* y, int64_t S, int64_t D, int dtype, int isa, int n_threads);
 int scheinfer_turn(void* x, const void* cosine, const void* sine, int64_t S, int64_t heads, int64_t D,
                    int64_t table_stride, int dtype, int isa, int n_threads);
@@ -57,10 +60,10 @@ struct Call {
   char *query = nullptr, *key = nullptr, *value = nullptr, *mixed = nullptr;
   char *part = nullptr, *hidden = nullptr, *normed = nullptr, *shared = nullptr;  // rows of the model's width
   char *logits = nullptr, *gate = nullptr;
-  float *one = nullptr, *other = nullptr;  // a row each
 
-  void norm(const void* x, const void* weight, double eps, void* to) const {
-    check(scheinfer_norm(x, weight, to, S, l.width, eps, dtype, isa, n_threads));
+  void norm(const void* x, const void* weight, const void* bias, double eps, void* to) const {
+    check(bias ? scheinfer_layer_norm(x, weight, bias, to, S, l.width, eps, dtype, isa, n_threads)
+               : scheinfer_norm(x, weight, to, S, l.width, eps, dtype, isa, n_threads));
   }
   void project(const void* x, int64_t K, const std::vector<int64_t>& words) const {
     check(scheinfer_linear(x, S, K, int64_t(words.size() / 4), words.data(), dtype, isa, n_threads));
@@ -77,21 +80,38 @@ struct Call {
     for_rows(n_threads, S, l.width, [this](int64_t s) {
       const int64_t at = s * l.width * bytes;
       k->add_row(static_cast<const char*>(l.x) + at, part + at, l.width, hidden + at);
-      k->norm_row(hidden + at, l.post_norm, l.width, float(l.post_eps), normed + at);
+      if (l.post_norm_bias)
+        k->layer_norm_row(hidden + at, l.post_norm, l.post_norm_bias, l.width, float(l.post_eps), normed + at);
+      else
+        k->norm_row(hidden + at, l.post_norm, l.width, float(l.post_eps), normed + at);
     });
   }
 };
 
 // -- attention -------------------------------------------------------------------------------------------------------
 
+// Rows of n numbers as change(numbers, how many, row) leaves them, some at a time in float32.
+template <class Change>
+void alter(const Call& call, char* x, int64_t n, const Change& change) {
+  for_rows(call.n_threads, call.S, n, [&](int64_t s) {
+    constexpr int64_t AT_ONCE = 512;
+    float some[AT_ONCE];
+    for (int64_t d = 0; d < n; d += AT_ONCE) {
+      char* const at = x + (s * n + d) * call.bytes;
+      const int64_t now = n - d < AT_ONCE ? n - d : AT_ONCE;
+      call.k->widen_row(at, now, some);
+      change(some, now, s);
+      call.k->store_row(some, now, at);
+    }
+  });
+}
+
 void clip(const Call& call, char* x, int64_t n) {
   if (std::isinf(call.l.clip)) return;
   const float most = float(call.l.clip);
-  for (int64_t s = 0; s < call.S; s++, x += n * call.bytes) {
-    call.k->widen_row(x, n, call.one);
-    for (int64_t i = 0; i < n; i++) call.one[i] = call.one[i] > most ? most : call.one[i] < -most ? -most : call.one[i];
-    call.k->store_row(call.one, n, x);
-  }
+  alter(call, x, n, [=](float* v, int64_t n, int64_t) {
+    for (int64_t i = 0; i < n; i++) v[i] = v[i] > most ? most : v[i] < -most ? -most : v[i];
+  });
 }
 
 // Norms of heads, if there are any, and rotation.
@@ -150,7 +170,7 @@ void mix_heads(const Call& call) {
 
 void attention(const Call& call) {
   const Layer& l = call.l;
-  call.norm(l.x, l.input_norm, l.input_eps, call.normed);
+  call.norm(l.x, l.input_norm, l.input_norm_bias, l.input_eps, call.normed);
   mix_heads(call);
   const int64_t n_mixed = l.n_heads * (l.latent ? l.value_width : l.head_width);
   call.project(call.mixed, n_mixed, {word(l.output), word(l.output_bias), word(call.part), l.width});
@@ -164,45 +184,16 @@ struct Choice {
   std::vector<std::vector<float>> weights;
 };
 
-// The top_k likeliest experts of a row, and their weights; of equally likely ones those that come first. The row's logits
-// are gone then, as its chances are.
-void choose(const Call& call, int64_t s, float* chance, int64_t* chosen, float* weights) {
-  const Layer& l = call.l;
-  char* const logits = call.logits + s * l.n_experts * call.bytes;
-  call.k->widen_row(logits, l.n_experts, chance);
-  float top = -INFINITY, sum = 0.0f, kept = 0.0f;
-  for (int64_t e = 0; e < l.n_experts; e++) top = chance[e] > top ? chance[e] : top;
-  for (int64_t e = 0; e < l.n_experts; e++) sum += chance[e] = expf(chance[e] - top);
-  for (int64_t e = 0; e < l.n_experts; e++) chance[e] /= sum;
-  for (int64_t i = 0; i < l.top_k; i++) {
-    int64_t best = -1;
-    for (int64_t e = 0; e < l.n_experts; e++)
-      if (!(chance[e] < 0.0f) && (best < 0 || chance[e] > chance[best])) best = e;
-    chosen[i] = best;
-    kept += weights[i] = chance[best];
-    chance[best] = -1.0f;
-  }
-  for (int64_t i = 0; i < l.top_k && l.normalises; i++) weights[i] /= kept;
-  if (!l.rounds) return;
-  call.k->store_row(weights, l.top_k, logits);
-  call.k->widen_row(logits, l.top_k, weights);
-}
-
-Choice route(const Call& call) {
+Choice choose(const Call& call) {
   const Layer& l = call.l;
   Choice choice{std::vector<std::vector<int64_t>>(size_t(l.n_experts)),
                 std::vector<std::vector<float>>(size_t(l.n_experts))};
-  std::vector<int64_t> words{word(l.router), 0, word(call.logits), l.n_experts};
-  if (l.shared_weight) words.insert(words.end(), {word(l.shared_weight), 0, word(call.gate), 1});
-  call.project(call.normed, l.width, words);
-  for (int64_t s = 0; s < call.S && l.shared_weight; s++)
-    call.k->widen_row(call.gate + s * call.bytes, 1, call.other + s);
+  const int64_t gate[] = {word(l.shared_weight), 0, word(call.gate), 1};
   const size_t n = size_t(call.S * l.top_k);
   std::vector<int64_t> chosen(n);
-  std::vector<float> weights(n), chances(size_t(call.S * l.n_experts));
-  for_rows(call.n_threads, call.S, l.n_experts * l.top_k, [&](int64_t s) {
-    choose(call, s, chances.data() + s * l.n_experts, chosen.data() + s * l.top_k, weights.data() + s * l.top_k);
-  });
+  std::vector<float> weights(n);
+  check(route(l, call.normed, call.S, call.logits, gate, l.shared_weight != nullptr, chosen.data(), weights.data(),
+              call.n_threads));
   for (size_t i = 0; i < n; i++) {
     choice.rows[size_t(chosen[i])].push_back(int64_t(i) / l.top_k);
     choice.weights[size_t(chosen[i])].push_back(weights[i]);
@@ -210,25 +201,19 @@ Choice route(const Call& call) {
   return choice;
 }
 
-// shared = sigmoid(gate) * expert(normed); the gates lie in `other`.
+// shared = expert(normed), times sigmoid(gate) where it has one.
 void share(const Call& call) {
   const Layer& l = call.l;
-  std::vector<float> gates(call.other, call.other + call.S);
   call.mlp(call.shared, 1, {0, 0, call.S, 1, word(l.shared_gate), word(l.shared_up), word(l.shared_down),
                             l.shared_columns});
+  if (!l.shared_weight) return;
+  std::vector<float> gates(size_t(call.S));
+  call.k->widen_row(call.gate, call.S, gates.data());
   for (float& v : gates) v = 1.0f / (1.0f + expf(-v));
   call.k->store_row(gates.data(), call.S, call.gate);
   call.k->widen_row(call.gate, call.S, gates.data());
-  for_rows(call.n_threads, call.S, l.width, [&](int64_t s) {
-    constexpr int64_t AT_ONCE = 512;
-    float some[AT_ONCE];
-    for (int64_t d = 0; d < l.width; d += AT_ONCE) {
-      char* const at = call.shared + (s * l.width + d) * call.bytes;
-      const int64_t n = l.width - d < AT_ONCE ? l.width - d : AT_ONCE;
-      call.k->widen_row(at, n, some);
-      for (int64_t i = 0; i < n; i++) some[i] *= gates[size_t(s)];
-      call.k->store_row(some, n, at);
-    }
+  alter(call, call.shared, l.width, [&](float* v, int64_t n, int64_t s) {
+    for (int64_t i = 0; i < n; i++) v[i] *= gates[size_t(s)];
   });
 }
 
@@ -248,7 +233,7 @@ void experts(const Call& call, const Choice& choice) {
     n++;
   }
   call.mlp(call.part, n, words);
-  if (l.shared_weight) call.add(call.part, call.shared, call.part);
+  if (l.shared_gate) call.add(call.part, call.shared, call.part);
   call.add(call.hidden, call.part, l.y);
 }
 
@@ -258,7 +243,7 @@ size_t lay_out(Call& call, char* memory) {
   const Layer& l = call.l;
   const int64_t n_key = l.n_kv_heads * l.head_width, S = call.S;
   const int64_t n_query = l.n_heads * (l.latent ? l.value_width : l.head_width);
-  int64_t at = 0, row = n_query > l.width ? n_query : l.width;
+  int64_t at = 0;
   const auto next = [&](int64_t n, int64_t bytes) {
     char* here = memory + at;
     at += up_to(n * bytes, 64);
@@ -268,17 +253,15 @@ size_t lay_out(Call& call, char* memory) {
   for (char** p : wide) *p = next(S * l.width, call.bytes);
   call.query = next(S * n_query, call.bytes), call.mixed = next(S * n_query, call.bytes);
   call.key = next(S * n_key, call.bytes), call.value = next(S * n_key, call.bytes);
-  call.logits = next(S * l.n_experts, call.bytes), call.gate = next(S, call.bytes);
-  row = row > S + n_key ? row : S + n_key;
-  call.one = reinterpret_cast<float*>(next(row, 4)), call.other = reinterpret_cast<float*>(next(row, 4));
+  call.logits = next(S * l.n_experts, 4), call.gate = next(S, call.bytes);
   return size_t(at);
 }
 
 void compute(const Call& call, Layer& l) {
   l.times[0] = now_ns();
   attention(call);
-  const Choice choice = l.router ? route(call) : Choice{};
-  if (l.shared_weight) share(call);
+  const Choice choice = l.router ? choose(call) : Choice{};
+  if (l.shared_gate) share(call);
   l.times[1] = now_ns();
   experts(call, choice);
   l.times[2] = now_ns();
@@ -320,6 +303,9 @@ int scheinfer_layers(Layers* all, int n_threads) {
     if (const int failed = scheinfer_layer(&l, n_threads)) return failed;
   }
   const Layer& last = *all->layers[all->n_layers - 1];
+  if (all->norm_bias)
+    return scheinfer_layer_norm(all->y, all->norm, all->norm_bias, all->y, all->rows, last.width, all->eps,
+                                int(last.dtype), int(last.isa), 1);
   return scheinfer_norm(all->y, all->norm, all->y, all->rows, last.width, all->eps, int(last.dtype), int(last.isa), 1);
 }
 }

@@ -9,6 +9,10 @@ namespace scheinfer {
 // that stay neighbours, by one table of float32 in which cosine and sine of each pair are neighbours, too.
 enum Turns : int64_t { HALVES = 0, PAIRS_APART = 1, PAIRS = 2 };
 
+// What an expert's weight is: its share of a softmax of all logits, of its own logit's sigmoid, of a softmax of those
+// within reach of the best (PhiMoE's two experts), or of a softmax of those chosen.
+enum Routing : int64_t { SOFTMAX = 0, SIGMOID = 1, SPARSE_MIXER = 2, SOFTMAX_OF_CHOSEN = 3 };
+
 struct Layer {
   int64_t dtype, isa, act, width, n_heads, n_kv_heads, head_width;
   double input_eps, post_eps, head_eps, scale, clip;  // clip: infinity where queries, keys and values are not clipped
@@ -21,9 +25,17 @@ struct Layer {
   int64_t query_rank, latent_width, pass_width, value_width, turns;
   const void *output, *output_bias;
   const void* router;  // null for a dense MLP: one expert for all rows
-  int64_t n_experts, top_k, normalises, rounds, n_pieces;  // rounds: weights of experts, to dtype
+  int64_t n_experts, top_k, normalises, rounds;  // rounds: weights of experts, to dtype
+  int64_t routing, wide_logits;   // wide: float32, not dtype
+  const void* router_bias;        // null for none
+  const float* correction;        // of scores, for the choice alone; null for none
+  int64_t n_groups, top_groups;   // of experts, all others of which are left out; 0 for no groups
+  double scaling, jitter;         // of weights; half of how far from the best, over its size, is within reach
+  const void *input_norm_bias, *post_norm_bias;  // null: root mean square norms, else layer norms
+  int64_t n_pieces;
   const int64_t* experts;  // gate, up, down, columns of each piece of each expert
-  const void *shared_gate, *shared_up, *shared_down, *shared_weight;  // null: no expert for all rows beside those chosen
+  const void *shared_gate, *shared_up, *shared_down;  // null: no expert for all rows beside those chosen
+  const void* shared_weight;                          // null: added as it is
   int64_t shared_columns;
   // What changes from call to call.
   int64_t rows, n_new, n_past;  // rows: n_new tokens of each sequence, which it goes on with
@@ -45,7 +57,7 @@ struct Layers {
   void* y;        // what the last norm makes of the last layer's sum
   const void *cosine, *sine;
   int64_t table_stride;
-  const void* norm;
+  const void *norm, *norm_bias;
   double eps;
   int64_t n_done;  // found: layers computed
 };

@@ -12,9 +12,15 @@ _ATTENTION = ("input_norm", "post_norm", "query", "key", "value", "query_bias", 
 _HEADS = ("query_norm", "key_norm", "norms_whole")
 _DOWN = ("query_down", "query_down_bias", "latent", "latent_bias", "expand", "query_rank")
 _LATENT = (*_DOWN, "latent_width", "pass_width", "value_width", "turns", "output", "output_bias")
-_EXPERTS = ("router", "n_experts", "top_k", "normalises", "rounds", "n_pieces", "experts")
+_EXPERTS = ("router", "n_experts", "top_k", "normalises", "rounds")
+_ROUTING = ("routing", "wide_logits", "router_bias", "correction", "n_groups", "top_groups")
+_FACTORS = ("scaling", "jitter")
+_BIASES = ("input_norm_bias", "post_norm_bias")
+_PIECES = ("n_pieces", "experts")
 _SHARED = ("shared_gate", "shared_up", "shared_down", "shared_weight", "shared_columns")
 _CALL = ("rows", "n_new", "n_past", "x", "y", "cosine", "sine", "table_stride", "keys", "values")
+SOFTMAX, SIGMOID, SPARSE_MIXER, SOFTMAX_OF_CHOSEN = range(4)
+"""Routings of layer.h."""
 HALVES, PAIRS_APART, PAIRS = range(3)
 """Turns of layer.h."""
 
@@ -25,7 +31,9 @@ class LayerWords(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, c_int64) for name in _SIZES),
         *((name, c_double) for name in _NUMBERS),
-        *((name, c_int64) for name in (*_ATTENTION, *_HEADS, *_LATENT, *_EXPERTS, *_SHARED, *_CALL)),
+        *((name, c_int64) for name in (*_ATTENTION, *_HEADS, *_LATENT, *_EXPERTS, *_ROUTING)),
+        *((name, c_double) for name in _FACTORS),
+        *((name, c_int64) for name in (*_BIASES, *_PIECES, *_SHARED, *_CALL)),
         ("key_strides", c_int64 * 3),
         ("value_strides", c_int64 * 3),
         ("counts", c_void_p),
@@ -39,7 +47,7 @@ class LayersWords(ctypes.Structure):
     _fields_: ClassVar = [
         ("layers", ctypes.POINTER(ctypes.POINTER(LayerWords))),
         *((name, c_int64) for name in ("n_layers", "rows", "n_past", "x", "y", "cosine")),
-        *((name, c_int64) for name in ("sine", "table_stride", "norm")),
+        *((name, c_int64) for name in ("sine", "table_stride", "norm", "norm_bias")),
         ("eps", c_double),
         ("n_done", c_int64),
     ]
@@ -62,10 +70,12 @@ def declare(library: ctypes.CDLL) -> None:
     library.scheinfer_mlp.argtypes = [pointer, pointer, number, number, *[ctypes.c_int] * 4, number, pointer]
     library.scheinfer_linear.argtypes = [pointer, *[number] * 3, pointer, *[ctypes.c_int] * 3]
     library.scheinfer_norm.argtypes = [*[pointer] * 3, number, number, ctypes.c_double, *[ctypes.c_int] * 3]
+    library.scheinfer_layer_norm.argtypes = [*[pointer] * 4, number, number, ctypes.c_double, *[ctypes.c_int] * 3]
     library.scheinfer_add.argtypes = [*[pointer] * 3, number, number, *[ctypes.c_int] * 3]
     library.scheinfer_turn.argtypes = [*[pointer] * 3, *[number] * 4, *[ctypes.c_int] * 3]
     library.scheinfer_attend.argtypes = [*[pointer] * 5, ctypes.c_double, *[ctypes.c_int] * 3]
     library.scheinfer_latent.argtypes = [ctypes.POINTER(LayerWords), pointer, ctypes.c_int]
+    library.scheinfer_route.argtypes = [ctypes.POINTER(LayerWords), pointer, number, pointer, pointer, ctypes.c_int]
     library.scheinfer_layer.argtypes = [ctypes.POINTER(LayerWords), ctypes.c_int]
     library.scheinfer_layers.argtypes = [ctypes.POINTER(LayersWords), ctypes.c_int]
     library.scheinfer_forward.argtypes = [ctypes.POINTER(ForwardWords), ctypes.c_int]

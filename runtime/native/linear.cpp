@@ -1,5 +1,6 @@
 // Dense projections of the same rows: y[t][r] = x[t] . w[r] + bias[r], rows of W shared out, sums in float32. Enough rows
 // are multiplied by tiles where the CPU has them.
+#include <cstring>
 #include <vector>
 
 #include "rows.h"
@@ -26,6 +27,7 @@ struct Call {
   int64_t K, S, weight_bytes, x_stride;
   std::vector<Projection> projections;
   std::vector<Item> items;
+  bool wide;  // y is float32
 };
 
 // A block of x, if by tiles.
@@ -47,6 +49,11 @@ Strip strip_of(const Call& call, int64_t index, int64_t strip) {
   return {{w, w + some * call.K * call.weight_bytes}, {some, n - some}};
 }
 
+// An item's share of a row of y that is float32.
+float* wide_row(const Item& item, int64_t t) {
+  return reinterpret_cast<float*>(item.of->y) + t * item.of->N + item.first;
+}
+
 void project_by_tiles(void* context, int64_t index) {
   const Call& call = *static_cast<const Call*>(context);
   struct Rows {
@@ -60,16 +67,24 @@ void project_by_tiles(void* context, int64_t index) {
   Strip strips[MOST_STRIPS];
   int64_t n = 0;
   for (; item.first + n * STRIP_ROWS < item.last; n++) strips[n] = strip_of(call, index, n);
+  const int64_t first = item.block * SIDE, last = first + item.n_blocks * SIDE;
+  for (int64_t t = first; call.wide && t < last && t < call.S; t++)  // to which tiles add
+    memcpy(wide_row(item, t), rows.bias, size_t(item.last - item.first) * sizeof(float));
   call.k->tiles->multiply({strips, n, strip_of(call, index + 1, 0), call.K, call.K,
                            call.x, blocks_of(call.S), item.block, item.n_blocks, s.sums, s.wide,
                            [](const void* context, int64_t strip, int64_t block, int part, const float* sums) {
                              const auto& [call, item, bias] = *static_cast<const Rows*>(context);
                              const Projection& p = *item.of;
                              const int64_t t = (item.block + block) * SIDE, r = strip * STRIP_ROWS;
+                             const int64_t n_rows = item.last - item.first - r, left = call.S - t;
+                             const int64_t n_tokens = left < SIDE ? left : SIDE;
+                             if (call.wide) {
+                               float* to[SIDE];
+                               for (int64_t i = 0; i < n_tokens; i++) to[i] = wide_row(item, t + i) + r;
+                               return call.k->tiles->add(sums, part, n_rows, n_tokens, nullptr, to);
+                             }
                              char* y = p.y + (t * p.N + item.first + r) * call.weight_bytes;
-                             call.k->tiles->store(sums, part, item.last - item.first - r,
-                                                  call.S - t < SIDE ? call.S - t : SIDE, bias + r, y,
-                                                  p.N * call.weight_bytes);
+                             call.k->tiles->store(sums, part, n_rows, n_tokens, bias + r, y, p.N * call.weight_bytes);
                            },
                            &rows});
 }
@@ -98,20 +113,16 @@ void project(void* context, int64_t index) {
     for (int64_t t = 0; t < tokens; t++) {
       float* row = s.one + t * MOST_ROWS;
       for (int64_t i = 0; i < n; i++) row[i] += bias[i];
-      call.k->store_row(row, n, p.y + ((t0 + t) * p.N + item.first) * call.weight_bytes);
+      if (call.wide)
+        memcpy(wide_row(item, t0 + t), row, size_t(n) * sizeof(float));
+      else
+        call.k->store_row(row, n, p.y + ((t0 + t) * p.N + item.first) * call.weight_bytes);
     }
   }
 }
 
-}  // namespace
-}  // namespace scheinfer
-
-using namespace scheinfer;
-
-// x [S, K]; words of each projection: w [N, K], bias [N] or null, y [S, N], N; all of one dtype. 0, or 1 without memory,
-// 2 without that instruction set.
-extern "C" int scheinfer_linear(const void* x, int64_t S, int64_t K, int64_t n_projections, const int64_t* words,
-                                int dtype, int isa, int n_threads) {
+int compute(const void* x, int64_t S, int64_t K, int64_t n_projections, const int64_t* words, int dtype, int isa,
+            int n_threads, bool wide) {
   static thread_local Aligned memory;
   try {
     const Kernels* k = kernels(isa, dtype);
@@ -119,7 +130,7 @@ extern "C" int scheinfer_linear(const void* x, int64_t S, int64_t K, int64_t n_p
     const bool tiled = by_tiles(k, S);
     const int64_t bytes = dtype == F32 ? 4 : 2, stride = tiled ? block_bytes(K) : stride_of(K, k->activation_bytes);
     char* rows = memory.at_least(size_t((tiled ? blocks_of(S) : S) * stride));
-    Call call{k, static_cast<const char*>(x), rows, K, S, bytes, stride, {}, {}};
+    Call call{k, static_cast<const char*>(x), rows, K, S, bytes, stride, {}, {}, wide};
     if (tiled)
       parallel(n_threads, blocks_of(S), pack_block, &call);
     else
@@ -143,4 +154,25 @@ extern "C" int scheinfer_linear(const void* x, int64_t S, int64_t K, int64_t n_p
   } catch (const std::bad_alloc&) {
     return 1;
   }
+}
+
+}  // namespace
+}  // namespace scheinfer
+
+using namespace scheinfer;
+
+extern "C" {
+
+// x [S, K]; words of each projection: w [N, K], bias [N] or null, y [S, N], N; all of one dtype. 0, or 1 without memory,
+// 2 without that instruction set.
+int scheinfer_linear(const void* x, int64_t S, int64_t K, int64_t n_projections, const int64_t* words, int dtype,
+                     int isa, int n_threads) {
+  return compute(x, S, K, n_projections, words, dtype, isa, n_threads, false);
+}
+
+// The same with y in float32: the sums themselves.
+int scheinfer_linear_wide(const void* x, int64_t S, int64_t K, int64_t n_projections, const int64_t* words, int dtype,
+                          int isa, int n_threads) {
+  return compute(x, S, K, n_projections, words, dtype, isa, n_threads, true);
+}
 }

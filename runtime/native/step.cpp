@@ -77,6 +77,19 @@ int scheinfer_norm(const void* x, const void* weight, void* y, int64_t S, int64_
   return 0;
 }
 
+// y [S, D] = weight [D] * (x - its mean) over its standard deviation, + bias [D].
+int scheinfer_layer_norm(const void* x, const void* weight, const void* bias, void* y, int64_t S, int64_t D, double eps,
+                         int dtype, int isa, int n_threads) {
+  const Kernels* k = kernels(isa, dtype);
+  if (!k) return 2;
+  const int64_t bytes = D * (dtype == F32 ? 4 : 2);
+  for_rows(n_threads, S, D, [=](int64_t s) {
+    k->layer_norm_row(static_cast<const char*>(x) + s * bytes, weight, bias, D, float(eps),
+                      static_cast<char*>(y) + s * bytes);
+  });
+  return 0;
+}
+
 // y [S, D] = one + other, rounded once.
 int scheinfer_add(const void* one, const void* other, void* y, int64_t S, int64_t D, int dtype, int isa, int n_threads) {
   const Kernels* k = kernels(isa, dtype);

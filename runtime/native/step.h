@@ -77,6 +77,25 @@ void norm_row(const void* from, const void* weight, int64_t n, float eps, void* 
   }
 }
 
+// to = weight * (x - mean) / sqrt(variance + eps) + bias, rounded once, as torch's layer_norm does.
+template <class Element>
+void layer_norm_row(const void* from, const void* weight, const void* bias, int64_t n, float eps, void* to) {
+  const auto *x = static_cast<const Element*>(from), *w = static_cast<const Element*>(weight);
+  const auto* b = static_cast<const Element*>(bias);
+  auto* y = static_cast<Element*>(to);
+  const int64_t whole = n / LANES * LANES;
+  Lanes sums = {}, squares = {};
+  for (int64_t i = 0; i < whole; i += LANES) sums += lanes_of(x + i);
+  float mean = total(sums);
+  for (int64_t i = whole; i < n; i++) mean += widen(x[i]);
+  mean /= float(n);
+  for (int64_t i = 0; i < whole; i += LANES) squares += (lanes_of(x + i) - mean) * (lanes_of(x + i) - mean);
+  float square = total(squares);
+  for (int64_t i = whole; i < n; i++) square += (widen(x[i]) - mean) * (widen(x[i]) - mean);
+  const float scale = 1.0f / sqrtf(square / float(n) + eps);
+  for (int64_t i = 0; i < n; i++) narrow((widen(x[i]) - mean) * scale * widen(w[i]) + widen(b[i]), y[i]);
+}
+
 // to = one + other, rounded once.
 template <class Element>
 void add_row(const void* one, const void* other, int64_t n, void* to) {
@@ -233,7 +252,7 @@ void weigh_rows(const void* w, int64_t n, int64_t K, const float* weights, float
 template <class T>
 const Kernels* kernels_of() {
   static const Kernels found = {dots<T>, load_row<T>, activate<T>, store_row<T>, widen_row<T>, norm_row<typename T::Weight>,
-                                add_row<typename T::Weight>, turn_row<typename T::Weight>, attend_few<typename T::Weight>,
+                                layer_norm_row<typename T::Weight>, add_row<typename T::Weight>, turn_row<typename T::Weight>, attend_few<typename T::Weight>,
                                 weigh_rows<typename T::Weight>, int(sizeof(typename T::Input))};
   return &found;
 }
