@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 _LEAST_ROOM = 64
@@ -218,6 +218,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             if n_past and held is not None:
                 buffer[:, :, :n_past] = held
         return Room(buffers[0], buffers[1], n_past)
+
+
+def grows(cache: object) -> TypeGuard[DynamicCache]:
+    """Whether a cache is one whose layers on the CPU grow in place."""
+    return type(cache) is DynamicCache and "update" not in vars(cache) and not cache.offloading
 
 
 def grow_in_place(cache: object, most_tokens: int = 0) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from runtime import native
-from runtime.kv import GrowingLayer, Room
+from runtime.kv import GrowingLayer, Room, grows
 from runtime.native.layer import HALVES, PAIRS, PAIRS_APART, LayerWords
+from runtime.projection import FEW_ROWS, computes_prompt, is_kernels
 from runtime.prompt import Tables, are_of
 from runtime.reader import Reader, UnfitError
 from runtime.watch import Watch
@@ -39,43 +40,31 @@ class LatentAttention(nn.Module):
     layer_idx: int
     latent: Prepared
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        position_embeddings: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, S, D] -> [B, S, D]."""
-        tables = real_tables(position_embeddings, self.latent.words)
-        if attention_mask is None and tables is not None and kwargs.get("is_causal") is not False:
-            past = self._past(hidden_states, tables, past_key_values)
-            if past is not None:
-                mixed = self._mix(hidden_states, tables, *past)
-                projected: Tensor = self.get_submodule("o_proj")(mixed)
-                return projected, None
-        out: tuple[Tensor, Tensor | None] = super().forward(
-            hidden_states=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
-        return out
+        given = None if args else self._given(hidden_states, kwargs)
+        if given is None:
+            out: tuple[Tensor, Tensor | None] = super().forward(hidden_states, *args, **kwargs)
+            return out
+        projected: Tensor = self.get_submodule("o_proj")(self._mix(hidden_states, *given))
+        return projected, None
 
-    def _past(self, hidden: Tensor, tables: Tables, cache: object) -> tuple[GrowingLayer, Room] | None:
-        """What the cache holds, with room behind it; None where the kernel does not compute this call."""
-        words = self.latent.words
-        if not is_plain(hidden, tables, self.latent.dtype, words) or not self.latent.watch.holds():
+    def _given(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tables, GrowingLayer, Room] | None:
+        """Tables, and what the cache holds with room behind it; None where the kernel does not compute this call."""
+        words, dtype, n_rows = self.latent.words, self.latent.dtype, hidden.numel() // hidden.shape[-1]
+        if kwargs.get("attention_mask") is not None or kwargs.get("is_causal") is False:
             return None
-        if type(cache) is not DynamicCache or "update" in vars(cache) or cache.offloading:
+        if n_rows > FEW_ROWS and not (is_kernels(n_rows) and computes_prompt(dtype, n_rows)):
             return None
-        past = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
-        if type(past) is not GrowingLayer:
+        tables, cache = real_tables(kwargs.get("position_embeddings"), words), kwargs.get("past_key_values")
+        if tables is None or not is_plain(hidden, tables, dtype, words) or not self.latent.watch.holds():
             return None
-        room = past.room(cache_sizes(words, hidden.shape[0], self.latent.dtype), hidden.shape[1])
-        return None if room is None else (past, room)
+        if not grows(cache) or self.layer_idx >= len(cache.layers):
+            return None
+        past, sizes = cache.layers[self.layer_idx], cache_sizes(words, hidden.shape[0], dtype)
+        if not isinstance(past, GrowingLayer) or (room := past.room(sizes, hidden.shape[1])) is None:
+            return None
+        return tables, past, room
 
     def _mix(self, hidden: Tensor, tables: Tables, past: GrowingLayer, room: Room) -> Tensor:
         kernel, words = native.kernel(), self.latent.words
@@ -144,27 +133,23 @@ def write_tables(words: LayerWords, hidden: Tensor, tables: Tables) -> Tables:
     return cos, sin
 
 
-def use_latents(model: PreTrainedModel, dtype: torch.dtype) -> bool:
-    """Let the kernel compute latent attention of modules on the CPU; whether it computes all attention there is."""
-    kernel, everywhere = native.kernel(), True
+def use_latents(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let the kernel compute latent attention of modules on the CPU."""
+    kernel = native.kernel()
     for module in model.modules():
-        if type(module).__name__ not in LATENT:
+        if kernel is None or type(module).__name__ not in LATENT:
             continue
         try:
-            if kernel is None:
-                raise UnfitError("kernel")
-            prepared = _prepare_latent(module, dtype, kernel)
+            prepared = _prepare(module, dtype, kernel)
         except UnfitError:
-            everywhere = False
             continue
         cls = type(module)
         module.__class__ = type(cls.__name__, (LatentAttention, cls), {"__module__": cls.__module__})
         assert isinstance(module, LatentAttention)
         module.latent = prepared
-    return everywhere
 
 
-def _prepare_latent(module: nn.Module, dtype: torch.dtype, kernel: native.Kernel) -> Prepared:
+def _prepare(module: nn.Module, dtype: torch.dtype, kernel: native.Kernel) -> Prepared:
     words, reader = LayerWords(), Reader(dtype)
     code = native.dtype_code(dtype)
     if code is None or not hasattr(module, "expand_kv"):  # which versions that cache keys and values lack

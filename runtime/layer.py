@@ -10,16 +10,16 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from runtime import native
 from runtime.executor import Executor
 from runtime.ffn import PartitionedExperts, PartitionedMlp
-from runtime.kv import GrowingLayer, Room
+from runtime.kv import GrowingLayer, Room, grows
 from runtime.latent import LatentAttention, cache_sizes, is_plain, read_latent, real_tables, write_tables
 from runtime.native.layer import LayerWords
 from runtime.projection import FEW_ROWS, is_kernels
@@ -135,11 +135,6 @@ class StepLayer(nn.Module):
 def _sum(kernel: native.Kernel, one: Tensor, other: Tensor) -> Tensor:
     alike = one.shape == other.shape and other.is_contiguous() and native.holds(one, other)
     return kernel.add(one, other) if alike else one + other
-
-
-def grows(cache: object) -> TypeGuard[DynamicCache]:
-    """Whether a cache is one whose layers on the CPU grow in place."""
-    return type(cache) is DynamicCache and "update" not in vars(cache) and not cache.offloading
 
 
 def use_layers(model: PreTrainedModel, executor: Executor) -> None:

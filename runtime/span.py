@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from runtime import native
 from runtime.executor import Executor
-from runtime.kv import GrowingLayer, Room
+from runtime.kv import GrowingLayer, Room, grows
 from runtime.latent import real_tables, table_dtype
-from runtime.layer import Prepared, StepLayer, grows
+from runtime.layer import Prepared, StepLayer
 from runtime.native.layer import LayersWords, LayerWords
 from runtime.reader import Reader, UnfitError
 from runtime.recording import LayerRun
