@@ -33,6 +33,7 @@ _ANYWHERE: dict[str, tuple[str, ...]] = dict.fromkeys(
     (
         "amx.cpp",
         "forward.cpp",
+        "latent.cpp",
         "layer.cpp",
         "linear.cpp",
         "link.cpp",

@@ -22,8 +22,9 @@ from hwmodels.errors import ExecutionError
 from runtime import native
 from runtime.clock import now_ns
 from runtime.executor import Executor
+from runtime.latent import real_tables, table_dtype
 from runtime.lean import ASKED, MIXTURES, StepModel
-from runtime.native.layer import ForwardWords
+from runtime.native.layer import ForwardWords, LayerWords
 from runtime.projection import Projection
 from runtime.recording import WholeStep
 from runtime.span import Span
@@ -46,6 +47,7 @@ class Tables:
 
     rotary: Any
     like: Tensor
+    words: LayerWords
     frequencies: Tensor | None = None
     first: int = -1
     both: tuple[Tensor, Tensor] | None = None
@@ -58,9 +60,14 @@ class Tables:
         if self.both is None or not same or first != self.first:
             with torch.inference_mode(False), torch.no_grad():
                 positions = torch.arange(first, first + _N_POSITIONS, device="cpu")[None]
-                cos, sin = self.rotary(self.like, positions)
+                cos, sin = self._real(self.rotary(self.like, positions))
                 self.both, self.first, self.frequencies = (cos[0], sin[0]), first, now.clone()
         return self.both
+
+    def _real(self, made: Any) -> tuple[Tensor, Tensor]:
+        tables = real_tables(made, self.words)
+        assert tables is not None, "of the model's own module"
+        return tables
 
 
 @dataclass
@@ -185,9 +192,10 @@ def forward_of(model: PreTrainedModel, executor: Executor) -> Forward | None:
     family = executor.spec.family
     if family not in FAMILIES or not _is_static(rotary, family):
         return None
-    tables = Tables(rotary, torch.empty(0, dtype=first.dtype, device="cpu"))
+    tables = Tables(rotary, torch.empty(0, dtype=first.dtype, device="cpu"), first.words)
     size = (_N_POSITIONS, first.words.head_width)
-    ours = all(t.shape == size and t.dtype == first.dtype and t.is_contiguous() for t in tables.hold(0))
+    kind = table_dtype(first.words, first.dtype)
+    ours = all(t.shape == size and t.dtype == kind and t.is_contiguous() for t in tables.hold(0))
     weights = [embed.weight, head.weight, *([] if head.bias is None else [head.bias])]
     if not ours or not all(w.dtype == first.dtype and w.is_contiguous() and w.device.type == "cpu" for w in weights):
         return None
@@ -202,9 +210,9 @@ def forward_of(model: PreTrainedModel, executor: Executor) -> Forward | None:
         n_logits=head.weight.shape[0],
         times=times.buffer_info()[0],
     )
-    kind = MoeCausalLMOutputWithPast if family in MIXTURES else CausalLMOutputWithPast
+    output = MoeCausalLMOutputWithPast if family in MIXTURES else CausalLMOutputWithPast
     settings, watch = vars(model.config), _watch(model, inner, span)
-    return Forward(executor, span, words, watch, settings, tables, kind, head.weight.shape[0], times)
+    return Forward(executor, span, words, watch, settings, tables, output, head.weight.shape[0], times)
 
 
 def _is_static(rotary: Any, family: str) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 _LEAST_ROOM = 64
@@ -20,12 +20,17 @@ class Room:
 
     Copies of a layer share them; whichever writes first goes on in them, the others move. words are what the native
     kernel is told of them: addresses, then strides in elements of sequence, head and token of keys and of values.
+
+    Of latent attention keys are latents, and values, narrower, the rotated part of keys: each token's lie side by side,
+    and are a row of keys to the kernel.
     """
 
     keys: Tensor
     values: Tensor
     n_written: int
     words: tuple[int, ...] = field(init=False)
+    is_apart: bool = field(init=False)
+    """Whether they are of different widths, and do not lie side by side."""
     _n_room: int = field(init=False)
     _is_inference: bool = field(init=False)
     _sizes: tuple[object, ...] = field(init=False)
@@ -34,8 +39,11 @@ class Room:
         keys, values = self.keys, self.values
         self.words = (keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], *values.stride()[:3])
         self._n_room, self._is_inference = keys.shape[-2], keys.is_inference()
+        uneven = _may_be_rows(keys, values)
+        self.is_apart = uneven and not _are_rows(keys, values)
         even = keys.shape == values.shape and keys.dtype == values.dtype
-        self._sizes = (*keys.shape[:2], keys.shape[3], keys.dtype) if even else ()
+        known = even or (uneven and not self.is_apart)
+        self._sizes = (*keys.shape[:2], keys.shape[3], values.shape[3], keys.dtype) if known else ()
 
     def __reduce__(self) -> tuple[object, ...]:
         """What was pickled lies elsewhere, and its words say where."""
@@ -46,8 +54,23 @@ class Room:
         return n_tokens <= self._n_room and (not self._is_inference or torch.is_inference_mode_enabled())
 
     def holds(self, sizes: tuple[object, ...]) -> bool:
-        """Whether keys and values are of so many sequences and heads, of this width and dtype."""
+        """Whether keys and values are of so many sequences and heads, of these widths and dtype."""
         return self._sizes == sizes
+
+
+def _may_be_rows(keys: Tensor, values: Tensor) -> bool:
+    """Whether keys and values differ in width alone, in memory of the CPU."""
+    if keys.dim() != 4 or keys.shape == values.shape or keys.shape[:3] != values.shape[:3]:
+        return False
+    if keys.dtype != values.dtype:
+        return False
+    return keys.device.type == "cpu" and values.device.type == "cpu"
+
+
+def _are_rows(keys: Tensor, values: Tensor) -> bool:
+    """Whether each token's keys and values lie side by side, without gaps between tokens."""
+    follows = keys.data_ptr() + keys.shape[3] * keys.element_size() == values.data_ptr()
+    return follows and keys.stride() == values.stride() and keys.stride(2) == keys.shape[3] + values.shape[3]
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -134,15 +157,15 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return room if room.holds(sizes) else None
 
     def _held(self, sizes: tuple[Any, ...], n_new: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of one shape [B, K, T, D], of no tokens where a prompt begins; None if there are none."""
+        """Keys and values [B, K, T, D], alike but for widths, of no tokens where a prompt begins; None without any."""
         if n_new > 1 and self.get_seq_length() == 0:
-            batch, n_heads, width, dtype = sizes
-            nothing = torch.empty((batch, n_heads, 0, width), dtype=dtype, device="cpu")
+            batch, n_heads, *widths, dtype = sizes
+            nothing = [torch.empty((batch, n_heads, 0, width), dtype=dtype, device="cpu") for width in widths]
             if not self.is_initialized:
-                self.lazy_initialization(nothing, nothing)
-            return nothing, nothing
+                self.lazy_initialization(*nothing)
+            return nothing[0], nothing[1]
         keys, values = (self.keys, self.values) if self.is_initialized else (None, None)
-        if keys is None or values is None or keys.shape != values.shape or keys.dim() != 4 or keys.shape[2] == 0:
+        if keys is None or values is None or keys.shape[:3] != values.shape[:3] or keys.dim() != 4 or not keys.shape[2]:
             return None
         return keys, values
 
@@ -174,7 +197,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def _fits(self, key_states: Tensor, n_tokens: int) -> bool:
         """Whether keys and values are what was written last, with room behind them."""
         room, keys, values = self._room, self.keys, self.values
-        if room is None or keys is None or values is None or keys.dim() != key_states.dim():
+        if room is None or room.is_apart or keys is None or values is None or keys.dim() != key_states.dim():
             return False
         there = ((room.keys, keys), (room.values, values))
         same = all(b.data_ptr() == t.data_ptr() and b.stride() == t.stride() for b, t in there)
@@ -185,13 +208,21 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         # memory of the CPU, and of a device what is planned for.
         most = min(n_tokens, self.most_tokens - n_tokens) if self.most_tokens else n_tokens // 8
         n_room = n_tokens + max(_LEAST_ROOM, most)
-        buffers: list[Tensor] = []
-        for held, new in ((self.keys, key_states), (self.values, value_states)):
-            buffer = new.new_empty((*new.shape[:2], n_room, new.shape[-1]))
+        widths = key_states.shape[-1], value_states.shape[-1]
+        if _may_be_rows(key_states, value_states):
+            rows = key_states.new_empty((*key_states.shape[:2], n_room, sum(widths)))
+            buffers = [rows[..., : widths[0]], rows[..., widths[0] :]]
+        else:
+            buffers = [new.new_empty((*new.shape[:2], n_room, new.shape[-1])) for new in (key_states, value_states)]
+        for buffer, held in zip(buffers, (self.keys, self.values), strict=True):
             if n_past and held is not None:
                 buffer[:, :, :n_past] = held
-            buffers.append(buffer)
         return Room(buffers[0], buffers[1], n_past)
+
+
+def grows(cache: object) -> TypeGuard[DynamicCache]:
+    """Whether a cache is one whose layers on the CPU grow in place."""
+    return type(cache) is DynamicCache and "update" not in vars(cache) and not cache.offloading
 
 
 def grow_in_place(cache: object, most_tokens: int = 0) -> None:

@@ -10,19 +10,20 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from runtime import native
 from runtime.executor import Executor
 from runtime.ffn import PartitionedExperts, PartitionedMlp
-from runtime.kv import GrowingLayer, Room
+from runtime.kv import GrowingLayer, Room, grows
+from runtime.latent import LatentAttention, cache_sizes, is_plain, read_latent, real_tables, write_tables
 from runtime.native.layer import LayerWords
 from runtime.projection import FEW_ROWS, is_kernels
-from runtime.prompt import are_of, may_attend
+from runtime.prompt import Tables
 from runtime.reader import Reader, UnfitError
 from runtime.recording import LayerRun
 from runtime.router import read_router, read_shared
@@ -32,7 +33,8 @@ from runtime.watch import Watch
 _SPARSE = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "Phimoe")
 MIXTURES = frozenset((*(f"{family}SparseMoeBlock" for family in _SPARSE), "DeepseekV2Moe", "DeepseekV3MoE"))
 """Mixtures that add what a router chose, and what all rows have beside it."""
-LAYERS = frozenset(f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", *_SPARSE))
+_LATENT = ("DeepseekV2", "DeepseekV3")
+LAYERS = frozenset(f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", *_SPARSE, *_LATENT))
 """Layers that add attention of a norm, then an MLP of a norm."""
 
 
@@ -50,7 +52,7 @@ class Prepared:
 
     def past_sizes(self, batch: int) -> tuple[object, ...]:
         """Of the keys and values that the layer goes on from."""
-        return batch, self.words.n_kv_heads, self.words.head_width, self.dtype
+        return cache_sizes(self.words, batch, self.dtype)
 
     def write_past(self, room: Room) -> None:
         """The words of keys and values."""
@@ -76,11 +78,12 @@ class StepLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """hidden_states [B, S, D] -> [B, S, D]."""
         cache: Any = kwargs.get("past_key_values")
-        if not args and self._is_kernels(hidden_states, kwargs):
+        tables = None if args else self._kernels_tables(hidden_states, kwargs)
+        if tables is not None:
             room = self._room(cache, *hidden_states.shape[:2])
             if room is not None:
                 out = torch.empty_like(hidden_states)
-                tables, past = kwargs["position_embeddings"], cache.layers[self.index]
+                past = cache.layers[self.index]
                 self.executor.run_layer(self.index, partial(self._compute, hidden_states, out, tables, past, room))
                 return out
         kernel = None if args else self._sums_of_prompt(hidden_states)
@@ -99,23 +102,16 @@ class StepLayer(nn.Module):
             return None
         return native.kernel() if self.prepared.watch.holds() else None
 
-    def _is_kernels(self, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether new tokens see all of their past, and the layer is the kernel's to compute."""
-        words, tables = self.prepared.words, kwargs.get("position_embeddings")
-        if kwargs.get("attention_mask") is not None or not isinstance(tables, tuple):
-            return False
-        if hidden.dim() != 3 or not hidden.is_contiguous() or torch.is_grad_enabled():
-            return False
-        if not are_of(hidden, tables, words.head_width) or hidden.dtype != self.prepared.dtype:
-            return False
-        (cos, sin), causal = tables, kwargs.get("is_causal") is not False
-        if hidden.shape[1] > 1 and (not causal or may_attend(words.head_width, hidden, cos, sin) is None):
-            return False
-        if not (cos.is_contiguous() and sin.is_contiguous()):
-            return False
-        return (
-            native.holds(hidden, cos, sin) and self.executor.computes_layer(self.index) and self.prepared.watch.holds()
-        )
+    def _kernels_tables(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tables | None:
+        """Of rotations, if new tokens see all of their past, and the layer is the kernel's to compute."""
+        words, causal = self.prepared.words, kwargs.get("is_causal") is not False
+        tables = real_tables(kwargs.get("position_embeddings"), words)
+        if kwargs.get("attention_mask") is not None or tables is None or (hidden.shape[1] > 1 and not causal):
+            return None
+        if not is_plain(hidden, tables, self.prepared.dtype, words):
+            return None
+        ours = self.executor.computes_layer(self.index) and self.prepared.watch.holds()
+        return tables if ours else None
 
     def _room(self, cache: object, batch: int, n_new: int) -> Room | None:
         """Room for tokens behind those that a cache holds of these sequences; None if it does not grow in place."""
@@ -124,32 +120,21 @@ class StepLayer(nn.Module):
         past = cache.layers[self.index]
         return past.room(self.prepared.past_sizes(batch), n_new) if type(past) is GrowingLayer else None
 
-    def _compute(
-        self, hidden: Tensor, out: Tensor, tables: tuple[Tensor, Tensor], past: GrowingLayer, room: Room
-    ) -> LayerRun:
+    def _compute(self, hidden: Tensor, out: Tensor, tables: Tables, past: GrowingLayer, room: Room) -> LayerRun:
         kernel = native.kernel()
         assert kernel is not None, "the step is the kernel's"
-        words, batch, n_new = self.prepared.words, hidden.shape[0], hidden.shape[1]
-        alone = n_new == 1 and tables[0].numel() == words.head_width
-        cos, sin = tables if alone else (t.expand(batch, -1, -1).contiguous() for t in tables)
-        words.rows, words.n_new, words.n_past = batch * n_new, n_new, past.get_seq_length()
-        words.x, words.y = hidden.data_ptr(), out.data_ptr()
-        words.cosine, words.sine = cos.data_ptr(), sin.data_ptr()
-        words.table_stride = 0 if alone else words.head_width
+        words, kept = self.prepared.words, write_tables(self.prepared.words, hidden, tables)
+        words.n_past, words.x, words.y = past.get_seq_length(), hidden.data_ptr(), out.data_ptr()
         self.prepared.write_past(room)
         kernel.layer(words)
-        past.written(n_new)
+        del kept
+        past.written(words.n_new)
         return self.prepared.run()
 
 
 def _sum(kernel: native.Kernel, one: Tensor, other: Tensor) -> Tensor:
     alike = one.shape == other.shape and other.is_contiguous() and native.holds(one, other)
     return kernel.add(one, other) if alike else one + other
-
-
-def grows(cache: object) -> TypeGuard[DynamicCache]:
-    """Whether a cache is one whose layers on the CPU grow in place."""
-    return type(cache) is DynamicCache and "update" not in vars(cache) and not cache.offloading
 
 
 def use_layers(model: PreTrainedModel, executor: Executor) -> None:
@@ -185,7 +170,10 @@ def prepare(layer: nn.Module, index: int, executor: Executor, kernel: native.Ker
     words.input_norm, words.input_norm_bias, words.input_eps = reader.any_norm(layer, "input_layernorm", width)
     words.post_norm, words.post_norm_bias, words.post_eps = reader.any_norm(layer, "post_attention_layernorm", width)
     reader.fact(layer, "training")
-    _read_attention(words, reader, layer)
+    if type(layer).__name__.startswith(_LATENT):
+        read_latent(words, reader, reader.part(layer, "self_attn", lambda m: isinstance(m, LatentAttention)))
+    else:
+        _read_attention(words, reader, layer)
     _read_mlp(words, reader, layer, act)
     table = _table(words, executor, index)
     counts = array("q", [0] * words.n_experts)

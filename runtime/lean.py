@@ -21,7 +21,7 @@ from runtime.span import Span, span_of
 
 _OWN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 ASKED = ("output_hidden_states", "output_attentions", "output_router_logits")
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "deepseek_v2", "deepseek_v3")
 
 
 class StepModel(nn.Module):

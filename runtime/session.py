@@ -28,6 +28,7 @@ from runtime.devices.base import failure
 from runtime.executor import Executor
 from runtime.ffn import PartitionedExperts, PartitionedMlp, attach
 from runtime.forward import Forward, forward_of
+from runtime.latent import use_latents
 from runtime.layer import use_layers
 from runtime.lean import use_lean_steps
 from runtime.memory import WeightStore, allocate, fill_cache, trim_heap
@@ -219,6 +220,7 @@ def assemble(folder: Path, spec: ModelSpec, plan: Plan, device: Device, fill: Fi
         # Who asks for none, in a call or in generation_config, gets none.
         planned.generation_config.use_cache = True
         use_projections(model)
+        use_latents(model, getattr(torch, spec.dtype))
         planned.executor.knows_attention = use_steps(model)
         attach(planned, planned.executor)
         use_layers(model, planned.executor)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from runtime import native
 from runtime.executor import Executor
-from runtime.kv import GrowingLayer, Room
-from runtime.layer import Prepared, StepLayer, grows
+from runtime.kv import GrowingLayer, Room, grows
+from runtime.latent import real_tables, table_dtype
+from runtime.layer import Prepared, StepLayer
 from runtime.native.layer import LayersWords, LayerWords
 from runtime.reader import Reader, UnfitError
 from runtime.recording import LayerRun
@@ -36,13 +37,16 @@ class Span:
     words: LayersWords
     watch: Watch
 
-    def compute(self, hidden: Tensor, tables: tuple[Tensor, Tensor], cache: object) -> Tensor | None:
+    def compute(self, hidden: Tensor, tables: object, cache: object) -> Tensor | None:
         """The last norm's output for rows [B, 1, D] of the embedding; None, and nothing done, if anything is amiss."""
-        rooms = self.rooms(hidden.shape[0], cache) if self._takes(hidden, tables) and self._holds() else None
+        real = real_tables(tables, self.prepared[0].words)
+        if real is None or not self._takes(hidden, real) or not self._holds():
+            return None
+        rooms = self.rooms(hidden.shape[0], cache)
         if rooms is None:
             return None
         out = torch.empty_like(hidden)
-        self._write(hidden, out, tables, rooms)
+        self._write(hidden, out, real, rooms)
         self.executor.run_layers(lambda: self._call(rooms), lambda: int(self.words.n_done))
         self.executor.enter_head(out)
         return out
@@ -51,11 +55,11 @@ class Span:
         first, (cos, sin) = self.prepared[0], tables
         if hidden.dtype != first.dtype or not hidden.is_contiguous() or not self.executor.computes_layers():
             return False
-        width = first.words.head_width
+        width, kind = first.words.head_width, table_dtype(first.words, first.dtype)
         size = (width, hidden.shape[0] * width)
-        if cos.shape[-1] != width or cos.numel() not in size or cos.shape != sin.shape:
+        if cos.shape[-1] != width or cos.numel() not in size or cos.shape != sin.shape or cos.dtype != kind:
             return False
-        return cos.is_contiguous() and sin.is_contiguous() and native.holds(hidden, cos, sin)
+        return cos.is_contiguous() and sin.is_contiguous() and native.holds(hidden) and native.holds(cos, sin)
 
     def _holds(self) -> bool:
         """Whether the layers and the norm are those that were read, with the executor alone listening."""
@@ -110,7 +114,7 @@ def span_of(model: nn.Module, executor: Executor) -> Span | None:
     """The layers and the norm of a model whose layers are each computed in one call; None if they differ in form."""
     layers, norm = list(model.get_submodule("layers").children()), model.get_submodule("norm")
     prepared = tuple(_prepared(layer) for layer in layers)
-    forms = {(p.dtype, p.words.width, p.words.head_width) for p in prepared}
+    forms = {(p.dtype, p.words.width, p.words.head_width, p.words.turns) for p in prepared}
     if len(forms) > 1:
         return None
     reader = Reader(prepared[0].dtype)

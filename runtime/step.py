@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from runtime import native
 from runtime.attention import attend_one
+from runtime.latent import LatentAttention
 from runtime.projection import FEW_ROWS, Projection, is_kernels, untouched
 from runtime.prompt import are_of, attend_layer, heads_of, may_attend
 
@@ -135,7 +136,7 @@ def use_steps(model: PreTrainedModel) -> bool:
         if mixin is not None and all(parameter.device.type == "cpu" for parameter in module.parameters()):
             cls = type(module)
             module.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
-        elif type(module).__name__.endswith("Attention"):
+        elif type(module).__name__.endswith("Attention") and not isinstance(module, LatentAttention):
             everywhere = False
     return everywhere
 

@@ -48,7 +48,8 @@ void gather(const void* table, int64_t n, int64_t row_bytes, void* to, const Row
 int compute(Forward& f, int n_threads, char* room) {
   Layers& all = f.layers;
   const Layer& last = *all.layers[all.n_layers - 1];
-  const int64_t bytes = last.dtype == F32 ? 4 : 2, row = last.width * bytes, table_row = last.head_width * bytes;
+  const int64_t bytes = last.dtype == F32 ? 4 : 2, row = last.width * bytes;
+  const int64_t table_row = last.head_width * (last.turns == PAIRS ? 4 : bytes);
   char *const x = room, *const cosine = x + all.rows * row, *const sine = cosine + all.rows * table_row;
   const auto place = [&](int64_t s) { return position(f, s) - f.first_position; };
   gather(f.embedding, all.rows, row, x, [&](int64_t s) { return f.ids[s]; });

@@ -111,6 +111,8 @@ struct Kernels {
   void (*add_row)(const void* one, const void* other, int64_t n, void* to);
   void (*turn_row)(void* values, const void* cosine, const void* sine, int64_t n);
   void (*attend_few)(const Seeing* rows, int64_t n_rows, const void* keys, const void* values, const Past& past);
+  // sum[i] = sum over n rows of weights[r] * w[r][i]; rows of K weights without gaps.
+  void (*weigh_rows)(const void* w, int64_t n, int64_t K, const float* weights, float* sum);
   int activation_bytes;
   // What dots computes, of many tokens; sums are in another order. Null where dots is as fast.
   decltype(dots) dots_of_many = nullptr;

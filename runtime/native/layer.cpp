@@ -27,6 +27,7 @@ int scheinfer_layer_norm(const void* x, const void* weight, const void* bias, vo
 int scheinfer_add(const void* one, const void* other, void* y, int64_t S, int64_t D, int dtype, int isa, int n_threads);
 int scheinfer_turn(void* x, const void* cosine, const void* sine, int64_t S, int64_t heads, int64_t D,
                    int64_t table_stride, int dtype, int isa, int n_threads);
+int scheinfer_latent(const scheinfer::Layer* layer, void* out, int n_threads);
 int scheinfer_attend(const void* query, const void* key, const void* value, void* out, const int64_t* shape,
                      double scale, const void* sinks, int dtype, int isa, int n_threads);
 }
@@ -147,10 +148,15 @@ void mix(const Call& call) {
                          call.n_threads));
 }
 
-void attention(const Call& call) {
+// mixed = what heads make of normed rows.
+void mix_heads(const Call& call) {
   const Layer& l = call.l;
+  if (l.latent) {
+    Layer rows = l;
+    rows.x = call.normed;
+    return check(scheinfer_latent(&rows, call.mixed, call.n_threads));
+  }
   const int64_t n_query = l.n_heads * l.head_width, n_key = l.n_kv_heads * l.head_width;
-  call.norm(l.x, l.input_norm, l.input_norm_bias, l.input_eps, call.normed);
   call.project(call.normed, l.width,
                {word(l.query), word(l.query_bias), word(call.query), n_query, word(l.key), word(l.key_bias),
                 word(call.key), n_key, word(l.value), word(l.value_bias), word(call.value), n_key});
@@ -160,7 +166,14 @@ void attention(const Call& call) {
   append(call, call.key, l.keys, l.key_strides);
   append(call, call.value, l.values, l.value_strides);
   mix(call);
-  call.project(call.mixed, n_query, {word(l.output), word(l.output_bias), word(call.part), l.width});
+}
+
+void attention(const Call& call) {
+  const Layer& l = call.l;
+  call.norm(l.x, l.input_norm, l.input_norm_bias, l.input_eps, call.normed);
+  mix_heads(call);
+  const int64_t n_mixed = l.n_heads * (l.latent ? l.value_width : l.head_width);
+  call.project(call.mixed, n_mixed, {word(l.output), word(l.output_bias), word(call.part), l.width});
   call.add_and_norm();
 }
 
@@ -228,7 +241,8 @@ void experts(const Call& call, const Choice& choice) {
 
 size_t lay_out(Call& call, char* memory) {
   const Layer& l = call.l;
-  const int64_t n_query = l.n_heads * l.head_width, n_key = l.n_kv_heads * l.head_width, S = call.S;
+  const int64_t n_key = l.n_kv_heads * l.head_width, S = call.S;
+  const int64_t n_query = l.n_heads * (l.latent ? l.value_width : l.head_width);
   int64_t at = 0;
   const auto next = [&](int64_t n, int64_t bytes) {
     char* here = memory + at;

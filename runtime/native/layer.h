@@ -5,6 +5,10 @@
 
 namespace scheinfer {
 
+// How latent attention rotates: halves of a row by the two tables, pairs of neighbours that end up in two halves, or pairs
+// that stay neighbours, by one table of float32 in which cosine and sine of each pair are neighbours, too.
+enum Turns : int64_t { HALVES = 0, PAIRS_APART = 1, PAIRS = 2 };
+
 // What an expert's weight is: its share of a softmax of all logits, of its own logit's sigmoid, of a softmax of those
 // within reach of the best (PhiMoE's two experts), or of a softmax of those chosen.
 enum Routing : int64_t { SOFTMAX = 0, SIGMOID = 1, SPARSE_MIXER = 2, SOFTMAX_OF_CHOSEN = 3 };
@@ -15,6 +19,10 @@ struct Layer {
   const void *input_norm, *post_norm, *query, *key, *value, *query_bias, *key_bias, *value_bias;
   const void *query_norm, *key_norm;  // null where heads have no norms
   int64_t norms_whole;                // whether one norm spans all heads of a row
+  // Latent attention where `latent` is set: head_width is that of what is rotated, query_norm that of what query_down
+  // makes, if there is one, key_norm the latents'; query_rank is 0 without it.
+  const void *query_down, *query_down_bias, *latent, *latent_bias, *expand;
+  int64_t query_rank, latent_width, pass_width, value_width, turns;
   const void *output, *output_bias;
   const void* router;  // null for a dense MLP: one expert for all rows
   int64_t n_experts, top_k, normalises, rounds;  // rounds: weights of experts, to dtype
@@ -35,7 +43,7 @@ struct Layer {
   void* y;
   const void *cosine, *sine;  // [rows, head_width], or one row for all
   int64_t table_stride;
-  void *keys, *values;  // buffers with room for n_past + n_new tokens; strides in elements of sequence, head and token
+  void *keys, *values;  // latents and what is rotated side by side; or buffers with room for n_past + n_new tokens; strides in elements of sequence, head and token
   int64_t key_strides[3], value_strides[3];
   int64_t* counts;    // found: rows of each expert
   int64_t times[3];  // found: when the call began, when the MLP did, when all was done; ns of the monotonic clock

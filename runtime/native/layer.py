@@ -9,7 +9,9 @@ from typing import ClassVar
 _SIZES = ("dtype", "isa", "act", "width", "n_heads", "n_kv_heads", "head_width")
 _NUMBERS = ("input_eps", "post_eps", "head_eps", "scale", "clip")
 _ATTENTION = ("input_norm", "post_norm", "query", "key", "value", "query_bias", "key_bias", "value_bias")
-_HEADS = ("query_norm", "key_norm", "norms_whole", "output", "output_bias")
+_HEADS = ("query_norm", "key_norm", "norms_whole")
+_DOWN = ("query_down", "query_down_bias", "latent", "latent_bias", "expand", "query_rank")
+_LATENT = (*_DOWN, "latent_width", "pass_width", "value_width", "turns", "output", "output_bias")
 _EXPERTS = ("router", "n_experts", "top_k", "normalises", "rounds")
 _ROUTING = ("routing", "wide_logits", "router_bias", "correction", "n_groups", "top_groups")
 _FACTORS = ("scaling", "jitter")
@@ -19,6 +21,8 @@ _SHARED = ("shared_gate", "shared_up", "shared_down", "shared_weight", "shared_c
 _CALL = ("rows", "n_new", "n_past", "x", "y", "cosine", "sine", "table_stride", "keys", "values")
 SOFTMAX, SIGMOID, SPARSE_MIXER, SOFTMAX_OF_CHOSEN = range(4)
 """Routings of layer.h."""
+HALVES, PAIRS_APART, PAIRS = range(3)
+"""Turns of layer.h."""
 
 
 class LayerWords(ctypes.Structure):
@@ -27,7 +31,7 @@ class LayerWords(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, c_int64) for name in _SIZES),
         *((name, c_double) for name in _NUMBERS),
-        *((name, c_int64) for name in (*_ATTENTION, *_HEADS, *_EXPERTS, *_ROUTING)),
+        *((name, c_int64) for name in (*_ATTENTION, *_HEADS, *_LATENT, *_EXPERTS, *_ROUTING)),
         *((name, c_double) for name in _FACTORS),
         *((name, c_int64) for name in (*_BIASES, *_PIECES, *_SHARED, *_CALL)),
         ("key_strides", c_int64 * 3),
@@ -70,6 +74,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.scheinfer_add.argtypes = [*[pointer] * 3, number, number, *[ctypes.c_int] * 3]
     library.scheinfer_turn.argtypes = [*[pointer] * 3, *[number] * 4, *[ctypes.c_int] * 3]
     library.scheinfer_attend.argtypes = [*[pointer] * 5, ctypes.c_double, pointer, *[ctypes.c_int] * 3]
+    library.scheinfer_latent.argtypes = [ctypes.POINTER(LayerWords), pointer, ctypes.c_int]
     library.scheinfer_route.argtypes = [ctypes.POINTER(LayerWords), pointer, number, pointer, pointer, ctypes.c_int]
     library.scheinfer_layer.argtypes = [ctypes.POINTER(LayerWords), ctypes.c_int]
     library.scheinfer_layers.argtypes = [ctypes.POINTER(LayersWords), ctypes.c_int]

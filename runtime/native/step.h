@@ -226,11 +226,34 @@ void attend_few(const Seeing* rows, int64_t n_rows, const void* keys, const void
   for (; i < n_rows; i++) attend_together<Element, 1>(rows + i, k, v, past);
 }
 
+// sum += N weighted rows, each element's terms in the rows' order.
+template <class Element, int N>
+void add_weighted(const Element* rows, int64_t K, const float* weights, float* sum) {
+  int64_t d = 0;
+  for (; d + LANES <= K; d += LANES) {
+    Lanes part = lanes_of(sum + d);
+    for (int i = 0; i < N; i++) part += weights[i] * lanes_of(rows + i * K + d);
+    memcpy(sum + d, &part, sizeof(part));
+  }
+  for (; d < K; d++)
+    for (int i = 0; i < N; i++) sum[d] += weights[i] * widen(rows[i * K + d]);
+}
+
+template <class Element>
+void weigh_rows(const void* w, int64_t n, int64_t K, const float* weights, float* sum) {
+  constexpr int AT_ONCE = 8;
+  const auto* rows = static_cast<const Element*>(w);
+  memset(sum, 0, size_t(K) * sizeof(float));
+  int64_t r = 0;
+  for (; r + AT_ONCE <= n; r += AT_ONCE) add_weighted<Element, AT_ONCE>(rows + r * K, K, weights + r, sum);
+  for (; r < n; r++) add_weighted<Element, 1>(rows + r * K, K, weights + r, sum);
+}
+
 template <class T>
 const Kernels* kernels_of() {
   static const Kernels found = {dots<T>, load_row<T>, activate<T>, store_row<T>, widen_row<T>, norm_row<typename T::Weight>,
                                 layer_norm_row<typename T::Weight>, add_row<typename T::Weight>, turn_row<typename T::Weight>, attend_few<typename T::Weight>,
-                                int(sizeof(typename T::Input))};
+                                weigh_rows<typename T::Weight>, int(sizeof(typename T::Input))};
   return &found;
 }
 
