@@ -279,7 +279,7 @@ def test_small_experts_of_a_layer_are_one_native_call(taken):
 
 def test_what_the_kernel_does_not_know_torch_computes(taken):
     x, (gate_up, down, _) = random_x(2, 16, torch.float32), random_piece(16, 8, torch.float32, 0)
-    gaps = (gate_up, torch.cat([down, down], dim=1)[:, :8])
+    gaps = Piece(gate_up, torch.cat([down, down], dim=1)[:, :8])
     for act, pieces, own in (
         (relu, [Piece(gate_up, down)], x),
         (gelu, [gaps], x),
