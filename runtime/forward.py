@@ -33,7 +33,7 @@ from sim.workload import Step
 
 _N_POSITIONS = 256
 _STATIC_ROPES = frozenset(("default", "linear", "llama3", "yarn"))
-"""Whose frequencies do not depend on how long a sequence has become; of PhiMoE's only the first."""
+"""Whose frequencies do not depend on how long a sequence has become."""
 _LAST_LOGITS = (0, 1)
 _GIVEN = frozenset(("input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"))
 _SETTINGS = ("_output_attentions", "output_attentions", "return_dict", "sliding_window", "rope_parameters", *ASKED)
@@ -189,8 +189,8 @@ def forward_of(model: PreTrainedModel, executor: Executor) -> Forward | None:
     first = span.prepared[0]
     if type(embed) is not nn.Embedding or embed.max_norm is not None or rotary is None:
         return None
-    family, rope = executor.spec.family, getattr(rotary, "rope_type", None)
-    if family not in FAMILIES or rope not in (("default",) if family == "phimoe" else _STATIC_ROPES):
+    family = executor.spec.family
+    if family not in FAMILIES or not _is_static(rotary, family):
         return None
     tables = Tables(rotary, torch.empty(0, dtype=first.dtype, device="cpu"), first.words)
     size = (_N_POSITIONS, first.words.head_width)
@@ -213,6 +213,15 @@ def forward_of(model: PreTrainedModel, executor: Executor) -> Forward | None:
     output = MoeCausalLMOutputWithPast if family in MIXTURES else CausalLMOutputWithPast
     settings, watch = vars(model.config), _watch(model, inner, span)
     return Forward(executor, span, words, watch, settings, tables, output, head.weight.shape[0], times)
+
+
+def _is_static(rotary: Any, family: str) -> bool:
+    """Whether tables of a token are the same beside those of positions around it."""
+    kind = getattr(rotary, "rope_type", None)
+    if family != "phimoe" or kind == "default":
+        return kind in _STATIC_ROPES
+    # PhiMoE scales tables by whether the last token of all is beyond a limit: all that are held are, or none.
+    return kind == "longrope" and not rotary.config.rope_parameters["original_max_position_embeddings"] % _N_POSITIONS
 
 
 FAMILIES = frozenset(("llama", "mistral", "qwen2", "qwen3", *MIXTURES))

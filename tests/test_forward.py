@@ -94,6 +94,18 @@ def test_tables_are_the_models_own_past_where_they_begin_anew_and_lengths_that_c
         assert torch.equal(found, fed(model, ids))
 
 
+@pytest.mark.parametrize(("limit", "is_whole"), [(256, True), (200, False)])
+def test_phimoes_tables_change_where_it_says(
+    limit: int, is_whole: bool, tiny_checkpoint: TinyCheckpoint, whole: list[int]
+) -> None:
+    rope: dict[str, Any] = {"rope_type": "longrope", "rope_theta": 10000.0, "short_mscale": 1.2, "long_mscale": 1.4}
+    rope |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.5, 3.0, 4.0]}
+    rope["original_max_position_embeddings"] = limit
+    folder = tiny_checkpoint("phimoe", rope_parameters=rope, max_position_embeddings=1024)
+    agrees(folder, lambda model: fed(model, tokens(N_PROMPT + 260, 2)))
+    assert len(whole) == (260 if is_whole else 0)
+
+
 def test_frequencies_changed_in_place_are_read_anew(tiny_checkpoint: TinyCheckpoint, whole: list[int]) -> None:
     @torch.no_grad()
     def run(model: PreTrainedModel) -> Tensor:

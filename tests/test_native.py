@@ -341,7 +341,7 @@ def test_a_file_that_is_no_library_is_an_error_a_person_can_act_on(tmp_path):
 
 
 def test_the_fingerprint_names_the_kernel(kernel):
-    assert native.describe() == f"native 15, {kernel.isa}"
+    assert native.describe() == f"native 16, {kernel.isa}"
 
 
 # -- threads ------------------------------------------------------------------------------------------

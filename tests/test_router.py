@@ -147,6 +147,12 @@ def test_sparsemixer_leaves_out_what_is_just_out_of_reach_in_its_own_dtype(dtype
         torch.testing.assert_close(ours, theirs, atol=1e-6 if dtype == torch.float32 else 4e-3, rtol=0)
 
 
+def test_scores_that_are_almost_nothing_are_not_divided_by_nothing() -> None:
+    ours, theirs = both(made("DeepSeek-V3", torch.float32, torch.Generator(), N_EXPERTS), torch.full((1, 12), -50.0), 0)
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-5)
+    assert 0 < ours.sum() < 1.7
+
+
 @pytest.mark.parametrize(
     ("name", "attribute", "value"),
     [

@@ -1,7 +1,7 @@
 // A decoder layer in one call, for one new token of each of few sequences or for prompts:
 //
 //   h = x + output(attend(turned(query(norm(x))), past and turned(key(norm(x))), value(norm(x))))
-//   y = h + experts chosen by router(norm(h)) [+ sigmoid(weight . norm(h)) * shared expert]
+//   y = h + experts chosen by router(norm(h)) [+ [sigmoid(weight . norm(h)) *] shared expert]
 //
 // The parts are the calls that compute them one by one, so results are the same; every value between two of them is
 // rounded to the weights' dtype, as the models' own code does.

@@ -26,11 +26,11 @@ struct Layer {
   const void *output, *output_bias;
   const void* router;  // null for a dense MLP: one expert for all rows
   int64_t n_experts, top_k, normalises, rounds;  // rounds: weights of experts, to dtype
-  int64_t routing, wide_logits;   // wide: float32, not dtype
-  const void* router_bias;        // null for none
-  const float* correction;        // of scores, for the choice alone; null for none
-  int64_t n_groups, top_groups;   // of experts, all others of which are left out; 0 for no groups
-  double scaling, jitter;         // of weights; half of how far from the best, over its size, is within reach
+  int64_t routing, wide_logits;                  // wide: float32, as of rows and weights in float32
+  const void* router_bias;                       // null for none
+  const float* correction;                       // added to scores for the choice alone; null for none
+  int64_t n_groups, top_groups;                  // of experts, and those of them that are chosen from; 0 for no groups
+  double scaling, jitter;                        // of weights; half of what PhiMoE's experts may be worse by
   const void *input_norm_bias, *post_norm_bias;  // null: root mean square norms, else layer norms
   int64_t n_pieces;
   const int64_t* experts;  // gate, up, down, columns of each piece of each expert
