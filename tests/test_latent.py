@@ -112,7 +112,8 @@ def off(model: PreTrainedModel, exact: Tensor, run: Callable[[PreTrainedModel], 
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(case: str, tiny_checkpoint: TinyCheckpoint) -> None:
     # Of a few tokens rounding chooses another expert, here or there: not the farthest of all logits, but half of them.
     folder = checkpoint(case, tiny_checkpoint)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    how = {"dtype": torch.bfloat16, "attn_implementation": "eager", "experts_implementation": "eager"}
+    theirs = AutoModelForCausalLM.from_pretrained(folder, **how)
 
     def run(model: PreTrainedModel) -> Tensor:
         prompts = [read(model, cut([100, 12, 1, 60], 3, seed)).flatten(0, 1) for seed in range(2)]
