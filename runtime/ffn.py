@@ -18,6 +18,7 @@ from runtime.executor import Executor
 from runtime.kv import grow_in_place
 from runtime.routing import Routed
 from runtime.skeleton import decoder_layers
+from runtime.window import knows_windows, slide_in_place
 
 _DETACHED = "the model is closed and its weights are gone; load it again"
 _NO_STATE = (
@@ -107,6 +108,8 @@ def _begin_step(executor: Executor, names: Sequence[str]) -> Callable[[nn.Module
         batch, n_new = rows.shape[:2]
         cache = given.get("past_key_values")
         grow_in_place(cache, executor.most_tokens(batch))
+        if knows_windows(module.config):
+            slide_in_place(cache)
         depth = int(cache.get_seq_length()) if cache is not None else 0
         # Asked of prompts that the kernel may compute alone: reading a mask would wait for a GPU.
         masked = n_new > 1 and executor.knows_attention and _masked(module, given.get("attention_mask"), depth + n_new)
@@ -117,7 +120,7 @@ def _begin_step(executor: Executor, names: Sequence[str]) -> Callable[[nn.Module
 
 def _masked(model: nn.Module, mask: object, n_tokens: int) -> bool:
     """Whether some tokens do not see all before them: of so many, some are padding or beyond a window."""
-    window = getattr(model.config, "sliding_window", None)
+    window = None if knows_windows(model.config) else getattr(model.config, "sliding_window", None)
     return bool(window and n_tokens >= window) or (isinstance(mask, Tensor) and not bool(mask.all()))
 
 

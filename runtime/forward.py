@@ -132,7 +132,7 @@ class Forward:
 
     def _fits(self, mask: Tensor | None, positions: Tensor | None, batch: int, n_past: int) -> bool:
         """Whether a mask and positions are as the kernel reads them, and no window hides a token."""
-        window = self.settings.get("sliding_window")
+        window = None if self.span.knows_windows else self.settings.get("sliding_window")
         if window and n_past + 1 >= window:
             return False
         if mask is not None and not (_is_plain(mask) and mask.shape == (batch, n_past + 1)):

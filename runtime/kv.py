@@ -29,6 +29,8 @@ class Room:
     values: Tensor
     n_written: int
     words: tuple[int, ...] = field(init=False)
+    n_dropped: int = field(init=False, default=0)
+    """Tokens that came before the first one held."""
     is_apart: bool = field(init=False)
     """Whether they are of different widths, and do not lie side by side."""
     _n_room: int = field(init=False)
@@ -226,7 +228,7 @@ def grows(cache: object) -> TypeGuard[DynamicCache]:
 
 
 def grow_in_place(cache: object, most_tokens: int = 0) -> None:
-    """Let a cache's layers on the CPU grow in place, and empty ones; sliding windows and quantised layers stay.
+    """Let a cache's layers on the CPU grow in place, and empty ones; quantised layers stay, sliding ones see window.py.
 
     most_tokens: of a sequence, that are planned for; 0 if that is not known.
     """

@@ -87,7 +87,11 @@ def real_tables(given: object, words: LayerWords) -> Tables | None:
             return None
         pairs = torch.view_as_real(given).flatten(-2)
         return pairs, pairs
-    return given if isinstance(given, tuple) else None
+    if not isinstance(given, tuple):
+        return None
+    if words.norms_once and len(given) == 2 and given[0].shape[-1] * 2 == words.head_width:  # gpt-oss's, of one half
+        return torch.cat([given[0], given[0]], -1), torch.cat([given[1], given[1]], -1)
+    return given
 
 
 def table_dtype(words: LayerWords, dtype: torch.dtype) -> torch.dtype:

@@ -29,13 +29,22 @@ from runtime.recording import LayerRun
 from runtime.router import read_router, read_shared
 from runtime.skeleton import decoder_layers
 from runtime.watch import Watch
+from runtime.window import GrowingWindow, Held
 
 _SPARSE = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "Phimoe")
-MIXTURES = frozenset((*(f"{family}SparseMoeBlock" for family in _SPARSE), "DeepseekV2Moe", "DeepseekV3MoE"))
+MIXTURES = frozenset(
+    (*(f"{family}SparseMoeBlock" for family in _SPARSE), "DeepseekV2Moe", "DeepseekV3MoE", "GptOssMLP")
+)
 """Mixtures that add what a router chose, and what all rows have beside it."""
 _LATENT = ("DeepseekV2", "DeepseekV3")
-LAYERS = frozenset(f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", *_SPARSE, *_LATENT))
+_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", *_SPARSE, *_LATENT, "GptOss")
+LAYERS = frozenset(f"{family}DecoderLayer" for family in _FAMILIES)
 """Layers that add attention of a norm, then an MLP of a norm."""
+
+
+Growing = GrowingLayer | GrowingWindow
+GROWING = (GrowingLayer, GrowingWindow)
+"""Layers of a cache that grow in place."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,13 @@ class Prepared:
         """Of the keys and values that the layer goes on from."""
         return cache_sizes(self.words, batch, self.dtype)
 
-    def write_past(self, room: Room) -> None:
+    def write_past(self, room: Room | Held) -> None:
         """The words of keys and values."""
         words, found = self.words, room.words
         if self.told and self.told[0] is found:
             return
         self.told[:] = [found]
+        words.n_dropped = room.n_dropped
         words.keys, words.values = found[:2]
         words.key_strides[:], words.value_strides[:] = found[2:5], found[5:]
 
@@ -93,7 +103,8 @@ class StepLayer(nn.Module):
         modules: Any = self
         mixed, _ = modules.self_attn(hidden_states=modules.input_layernorm(hidden_states), **kwargs)
         hidden = _sum(kernel, hidden_states, mixed)
-        return _sum(kernel, hidden, modules.mlp(modules.post_attention_layernorm(hidden)))
+        made = modules.mlp(modules.post_attention_layernorm(hidden))
+        return _sum(kernel, hidden, made[0] if isinstance(made, tuple) else made)
 
     def _sums_of_prompt(self, hidden: Tensor) -> native.Kernel | None:
         """The kernel, where torch has one thread and its sums of a prompt's rows would take as long as norms."""
@@ -113,14 +124,14 @@ class StepLayer(nn.Module):
         ours = self.executor.computes_layer(self.index) and self.prepared.watch.holds()
         return tables if ours else None
 
-    def _room(self, cache: object, batch: int, n_new: int) -> Room | None:
+    def _room(self, cache: object, batch: int, n_new: int) -> Room | Held | None:
         """Room for tokens behind those that a cache holds of these sequences; None if it does not grow in place."""
         if not grows(cache) or self.index >= len(cache.layers):
             return None
         past = cache.layers[self.index]
-        return past.room(self.prepared.past_sizes(batch), n_new) if type(past) is GrowingLayer else None
+        return past.room(self.prepared.past_sizes(batch), n_new) if type(past) in GROWING else None
 
-    def _compute(self, hidden: Tensor, out: Tensor, tables: Tables, past: GrowingLayer, room: Room) -> LayerRun:
+    def _compute(self, hidden: Tensor, out: Tensor, tables: Tables, past: Growing, room: Room | Held) -> LayerRun:
         kernel = native.kernel()
         assert kernel is not None, "the step is the kernel's"
         words, kept = self.prepared.words, write_tables(self.prepared.words, hidden, tables)
@@ -174,6 +185,7 @@ def prepare(layer: nn.Module, index: int, executor: Executor, kernel: native.Ker
         read_latent(words, reader, reader.part(layer, "self_attn", lambda m: isinstance(m, LatentAttention)))
     else:
         _read_attention(words, reader, layer)
+    words.norms_once = type(layer).__name__.startswith("GptOss")
     _read_mlp(words, reader, layer, act)
     table = _table(words, executor, index)
     counts = array("q", [0] * words.n_experts)
@@ -194,6 +206,9 @@ def _read_attention(words: LayerWords, reader: Reader, layer: nn.Module) -> None
     words.key, words.key_bias = reader.linear(attention, "k_proj", (n_key, words.width))
     words.value, words.value_bias = reader.linear(attention, "v_proj", (n_key, words.width))
     words.output, words.output_bias = reader.linear(attention, "o_proj", (words.width, n_query))
+    if hasattr(attention, "sinks"):
+        words.sinks = reader.address(attention, "sinks", (words.n_heads,))
+        words.window = reader.fact(attention, "sliding_window") or 0
     if hasattr(attention, "q_norm"):
         words.norms_whole = type(layer).__name__.startswith("Olmoe")
         sizes = (n_query, n_key) if words.norms_whole else (width, width)
@@ -212,6 +227,8 @@ def _read_mlp(words: LayerWords, reader: Reader, layer: nn.Module, act: int) -> 
     noisy = reader.fact(mlp, "training") and reader.fact(mlp, "input_jitter_noise")
     if words.n_experts != experts.num_experts or noisy:
         raise UnfitError(name)
+    if "down_proj_bias" in experts._parameters:
+        words.down_bias = reader.address(experts, "down_proj_bias", (words.n_experts, words.width))
     read_shared(words, reader, mlp, act)
 
 

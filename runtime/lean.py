@@ -14,14 +14,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutpu
 from transformers.utils.generic import ModelOutput
 
 from runtime.executor import Executor
-from runtime.kv import GrowingLayer
-from runtime.layer import StepLayer
+from runtime.layer import GROWING, StepLayer
 from runtime.projection import FEW_ROWS
 from runtime.span import Span, span_of
+from runtime.window import knows_windows
 
 _OWN = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 ASKED = ("output_hidden_states", "output_attentions", "output_router_logits")
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "deepseek_v2", "deepseek_v3")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "deepseek_v2", "deepseek_v3", "gpt_oss")
 
 
 class StepModel(nn.Module):
@@ -48,9 +48,10 @@ class StepModel(nn.Module):
             return False
         if type(cache) is not DynamicCache or not self.executor.computes_layer(0):
             return False
-        if len(cache.layers) < len(self.layers) or any(type(layer) is not GrowingLayer for layer in cache.layers):
+        if len(cache.layers) < len(self.layers) or any(type(layer) not in GROWING for layer in cache.layers):
             return False
-        n_tokens, window = cache.get_seq_length() + 1, getattr(self.config, "sliding_window", None)
+        n_tokens = cache.get_seq_length() + 1
+        window = None if knows_windows(self.config) else getattr(self.config, "sliding_window", None)
         if n_tokens == 1 or (window and n_tokens >= window):
             return False
         if mask is None:

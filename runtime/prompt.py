@@ -15,6 +15,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from runtime import native
 from runtime.projection import project
+from runtime.window import knows_windows
 
 Tables = tuple[Tensor, Tensor]
 
@@ -40,7 +41,7 @@ def _is_plain(q_length: int, kv_length: int, **kwargs: Any) -> bool:
     if not kwargs.get("allow_is_causal_skip", True):
         return False
     by_window = kwargs.get("local_size") is not None
-    if by_window and getattr(kwargs.get("config"), "model_type", "") != "gpt_oss":
+    if by_window and not knows_windows(kwargs.get("config")):
         return False
     if not by_window and kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
         return False

@@ -16,13 +16,17 @@ from torch import Tensor, nn
 
 from runtime import native
 from runtime.executor import Executor
-from runtime.kv import GrowingLayer, Room, grows
+from runtime.kv import Room, grows
 from runtime.latent import real_tables, table_dtype
-from runtime.layer import Prepared, StepLayer
+from runtime.layer import GROWING, Growing, Prepared, StepLayer
 from runtime.native.layer import LayersWords, LayerWords
 from runtime.reader import Reader, UnfitError
 from runtime.recording import LayerRun
 from runtime.watch import Watch, own_listeners
+from runtime.window import Held, knows_windows
+
+Place = tuple[Growing, Room | Held]
+"""A layer of a cache, and where its keys and values go on."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Span:
     norm: nn.Module
     words: LayersWords
     watch: Watch
+    knows_windows: bool
 
     def compute(self, hidden: Tensor, tables: object, cache: object) -> Tensor | None:
         """The last norm's output for rows [B, 1, D] of the embedding; None, and nothing done, if anything is amiss."""
@@ -74,21 +79,19 @@ class Span:
         layers = self.modules.get("layers")
         return list(layers._modules.values()) if isinstance(layers, nn.ModuleList) else ()
 
-    def rooms(self, batch: int, cache: object) -> list[tuple[GrowingLayer, Room]] | None:
+    def rooms(self, batch: int, cache: object) -> list[Place] | None:
         """Where each layer's keys and values go on, of as many tokens in all layers."""
         if not grows(cache) or len(cache.layers) < len(self.layers):
             return None
-        found: list[tuple[GrowingLayer, Room]] = []
+        found: list[Place] = []
         for past, layer in zip(cache.layers, self.prepared, strict=False):
-            if not isinstance(past, GrowingLayer) or (room := past.room(layer.past_sizes(batch))) is None:
+            if type(past) not in GROWING or (room := past.room(layer.past_sizes(batch))) is None:
                 return None
             found.append((past, room))
         n_past = {room.n_written for _, room in found}
         return found if len(n_past) == 1 else None
 
-    def _write(
-        self, hidden: Tensor, out: Tensor, tables: tuple[Tensor, Tensor], rooms: list[tuple[GrowingLayer, Room]]
-    ) -> None:
+    def _write(self, hidden: Tensor, out: Tensor, tables: tuple[Tensor, Tensor], rooms: list[Place]) -> None:
         words, (cos, sin) = self.words, tables
         words.rows, words.n_past = hidden.shape[0], rooms[0][1].n_written
         words.x, words.y = hidden.data_ptr(), out.data_ptr()
@@ -96,12 +99,12 @@ class Span:
         words.table_stride = cos.shape[-1] if cos.numel() > cos.shape[-1] else 0
         self.write_past(rooms)
 
-    def write_past(self, rooms: list[tuple[GrowingLayer, Room]]) -> None:
+    def write_past(self, rooms: list[Place]) -> None:
         """Each layer's words of its keys and values."""
         for layer, (_, room) in zip(self.prepared, rooms, strict=True):
             layer.write_past(room)
 
-    def _call(self, rooms: list[tuple[GrowingLayer, Room]]) -> tuple[LayerRun, ...]:
+    def _call(self, rooms: list[Place]) -> tuple[LayerRun, ...]:
         kernel = native.kernel()
         assert kernel is not None, "the step is the kernel's"
         kernel.layers(self.words)
@@ -127,7 +130,7 @@ def span_of(model: nn.Module, executor: Executor) -> Span | None:
     read = Watch.of((), reader.values, reader.facts, own_listeners((*layers, norm)))
     watch = Watch.of_all([*(p.watch for p in prepared), read])
     modules: dict[str, Any] = model._modules
-    return Span(executor, modules, layers, prepared, norm, words, watch)
+    return Span(executor, modules, layers, prepared, norm, words, watch, knows_windows(model.config))
 
 
 def _prepared(layer: nn.Module) -> Prepared:

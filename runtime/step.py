@@ -136,9 +136,16 @@ def use_steps(model: PreTrainedModel) -> bool:
         if mixin is not None and all(parameter.device.type == "cpu" for parameter in module.parameters()):
             cls = type(module)
             module.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
-        elif type(module).__name__.endswith("Attention") and not isinstance(module, LatentAttention):
+        elif type(module).__name__.endswith("Attention") and not _is_known(module):
             everywhere = False
     return everywhere
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether the kernel attends in a module that is no StepAttention."""
+    if type(module).__name__ == "GptOssAttention":  # by runtime.sinks
+        return all(parameter.device.type == "cpu" for parameter in module.parameters())
+    return isinstance(module, LatentAttention)
 
 
 def _mixin(module: nn.Module) -> type[nn.Module] | None:

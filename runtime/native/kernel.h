@@ -107,6 +107,7 @@ struct Kernels {
   void (*store_row)(const float* from, int64_t n, void* to);
   void (*widen_row)(const void* from, int64_t n, float* to);
   void (*norm_row)(const void* from, const void* weight, int64_t n, float eps, void* to);
+  void (*norm_row_once)(const void* from, const void* weight, int64_t n, float eps, void* to);  // rounds no earlier
   void (*layer_norm_row)(const void* from, const void* weight, const void* bias, int64_t n, float eps, void* to);
   void (*add_row)(const void* one, const void* other, int64_t n, void* to);
   void (*turn_row)(void* values, const void* cosine, const void* sine, int64_t n);

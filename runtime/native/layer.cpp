@@ -62,8 +62,15 @@ struct Call {
   char *logits = nullptr, *gate = nullptr;
 
   void norm(const void* x, const void* weight, const void* bias, double eps, void* to) const {
+    if (l.norms_once) return norm_once(x, weight, eps, to);
     check(bias ? scheinfer_layer_norm(x, weight, bias, to, S, l.width, eps, dtype, isa, n_threads)
                : scheinfer_norm(x, weight, to, S, l.width, eps, dtype, isa, n_threads));
+  }
+  void norm_once(const void* x, const void* weight, double eps, void* to) const {
+    for_rows(n_threads, S, l.width, [=, this](int64_t s) {
+      const int64_t at = s * l.width * bytes;
+      k->norm_row_once(static_cast<const char*>(x) + at, weight, l.width, float(eps), static_cast<char*>(to) + at);
+    });
   }
   void project(const void* x, int64_t K, const std::vector<int64_t>& words) const {
     check(scheinfer_linear(x, S, K, int64_t(words.size() / 4), words.data(), dtype, isa, n_threads));
@@ -83,7 +90,7 @@ struct Call {
       if (l.post_norm_bias)
         k->layer_norm_row(hidden + at, l.post_norm, l.post_norm_bias, l.width, float(l.post_eps), normed + at);
       else
-        k->norm_row(hidden + at, l.post_norm, l.width, float(l.post_eps), normed + at);
+        (l.norms_once ? k->norm_row_once : k->norm_row)(hidden + at, l.post_norm, l.width, float(l.post_eps), normed + at);
     });
   }
 };
@@ -131,7 +138,7 @@ void append(const Call& call, const char* from, void* buffer, const int64_t* str
   const Layer& l = call.l;
   const int64_t bytes = call.bytes, size = l.head_width * bytes;
   for_rows(call.n_threads, call.S * l.n_kv_heads, l.head_width, [=, &l](int64_t i) {
-    const int64_t row = i / l.n_kv_heads, token = l.n_past + row % l.n_new;
+    const int64_t row = i / l.n_kv_heads, token = l.n_past - l.n_dropped + row % l.n_new;
     const int64_t at = row / l.n_new * strides[0] + i % l.n_kv_heads * strides[1] + token * strides[2];
     memcpy(static_cast<char*>(buffer) + at * bytes, from + i * size, size_t(size));
   });
@@ -140,11 +147,11 @@ void append(const Call& call, const char* from, void* buffer, const int64_t* str
 // Queries over what the buffers hold of their sequences, each up to its own token.
 void mix(const Call& call) {
   const Layer& l = call.l;
-  const int64_t n_sequences = call.S / l.n_new, n_keys = l.n_past + l.n_new, d = l.head_width;
-  const int64_t *key = l.key_strides, *value = l.value_strides;
+  const int64_t n_sequences = call.S / l.n_new, n_keys = l.n_past - l.n_dropped + l.n_new;
+  const int64_t *key = l.key_strides, *value = l.value_strides, d = l.head_width;
   const int64_t shape[] = {n_sequences, l.n_new, l.n_heads, l.n_kv_heads, n_keys, d, d,
-                           key[0], key[1], key[2], value[0], value[1], value[2], 0};
-  check(scheinfer_attend(call.query, l.keys, l.values, call.mixed, shape, l.scale, nullptr, call.dtype, call.isa,
+                           key[0], key[1], key[2], value[0], value[1], value[2], l.window};
+  check(scheinfer_attend(call.query, l.keys, l.values, call.mixed, shape, l.scale, l.sinks, call.dtype, call.isa,
                          call.n_threads));
 }
 
@@ -217,6 +224,29 @@ void share(const Call& call) {
   });
 }
 
+// part += what experts add to their rows, by their weights.
+void add_down_bias(const Call& call, const Choice& choice) {
+  const Layer& l = call.l;
+  std::vector<std::vector<std::pair<int64_t, float>>> of_row(size_t(call.S));
+  for (int64_t e = 0; e < l.n_experts; e++)
+    for (size_t i = 0; i < choice.rows[size_t(e)].size(); i++)
+      of_row[size_t(choice.rows[size_t(e)][i])].push_back({e, choice.weights[size_t(e)][i]});
+  for_rows(call.n_threads, call.S, l.width * l.top_k, [&](int64_t s) {
+    constexpr int64_t AT_ONCE = 512;
+    float sum[AT_ONCE], more[AT_ONCE];
+    for (int64_t d = 0; d < l.width; d += AT_ONCE) {
+      const int64_t n = l.width - d < AT_ONCE ? l.width - d : AT_ONCE;
+      char* const at = call.part + (s * l.width + d) * call.bytes;
+      call.k->widen_row(at, n, sum);
+      for (const auto& [e, weight] : of_row[size_t(s)]) {
+        call.k->widen_row(static_cast<const char*>(l.down_bias) + (e * l.width + d) * call.bytes, n, more);
+        for (int64_t i = 0; i < n; i++) sum[i] += weight * more[i];
+      }
+      call.k->store_row(sum, n, at);
+    }
+  });
+}
+
 void experts(const Call& call, const Choice& choice) {
   const Layer& l = call.l;
   std::vector<int64_t> words;
@@ -233,6 +263,7 @@ void experts(const Call& call, const Choice& choice) {
     n++;
   }
   call.mlp(call.part, n, words);
+  if (l.down_bias) add_down_bias(call, choice);
   if (l.shared_gate) call.add(call.part, call.shared, call.part);
   call.add(call.hidden, call.part, l.y);
 }
@@ -303,6 +334,12 @@ int scheinfer_layers(Layers* all, int n_threads) {
     if (const int failed = scheinfer_layer(&l, n_threads)) return failed;
   }
   const Layer& last = *all->layers[all->n_layers - 1];
+  if (last.norms_once) {
+    const Kernels* k = kernels(int(last.isa), int(last.dtype));
+    Call{last, k, 1, all->rows, last.dtype == F32 ? 4 : 2, int(last.dtype), int(last.isa)}.norm_once(all->y, all->norm,
+                                                                                                      all->eps, all->y);
+    return 0;
+  }
   if (all->norm_bias)
     return scheinfer_layer_norm(all->y, all->norm, all->norm_bias, all->y, all->rows, last.width, all->eps,
                                 int(last.dtype), int(last.isa), 1);

@@ -23,6 +23,8 @@ struct Layer {
   // makes, if there is one, key_norm the latents'; query_rank is 0 without it.
   const void *query_down, *query_down_bias, *latent, *latent_bias, *expand;
   int64_t query_rank, latent_width, pass_width, value_width, turns;
+  const void* sinks;  // of each head a score beside those of keys (kernel.h); null: none
+  int64_t window;     // keys that a token sees at most; 0: all
   const void *output, *output_bias;
   const void* router;  // null for a dense MLP: one expert for all rows
   int64_t n_experts, top_k, normalises, rounds;  // rounds: weights of experts, to dtype
@@ -32,6 +34,8 @@ struct Layer {
   int64_t n_groups, top_groups;                  // of experts, and those of them that are chosen from; 0 for no groups
   double scaling, jitter;                        // of weights; half of what PhiMoE's experts may be worse by
   const void *input_norm_bias, *post_norm_bias;  // null: root mean square norms, else layer norms
+  int64_t norms_once;                            // whether root mean square norms are rounded once, after their weight
+  const void* down_bias;                         // [n_experts, width], what an expert adds to its rows; null: nothing
   int64_t n_pieces;
   const int64_t* experts;  // gate, up, down, columns and bias of each piece of each expert
   const void *shared_gate, *shared_up, *shared_down;  // null: no expert for all rows beside those chosen
@@ -43,7 +47,10 @@ struct Layer {
   void* y;
   const void *cosine, *sine;  // [rows, head_width], or one row for all
   int64_t table_stride;
-  void *keys, *values;  // latents and what is rotated side by side; or buffers with room for n_past + n_new tokens; strides in elements of sequence, head and token
+  int64_t n_dropped;  // of n_past tokens, those that the buffers hold no more
+  // Latents and what is rotated side by side; or buffers with room for the tokens held and n_new more. Strides in elements
+  // of sequence, head and token.
+  void *keys, *values;
   int64_t key_strides[3], value_strides[3];
   int64_t* counts;    // found: rows of each expert
   int64_t times[3];  // found: when the call began, when the MLP did, when all was done; ns of the monotonic clock

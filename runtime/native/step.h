@@ -64,16 +64,16 @@ float dot(const Left* a, const Right* b, int64_t n) {
   return out;
 }
 
-// to = weight * (x / sqrt(mean of squares + eps)), rounded before the weight, too, as the models' own code does.
-template <class Element>
+// to = weight * (x / sqrt(mean of squares + eps)), rounded before the weight, too, as most models' own code does.
+template <class Element, bool ONCE>
 void norm_row(const void* from, const void* weight, int64_t n, float eps, void* to) {
   const auto *x = static_cast<const Element*>(from), *w = static_cast<const Element*>(weight);
   auto* y = static_cast<Element*>(to);
   const float scale = 1.0f / sqrtf(dot(x, x, n) / float(n) + eps);
   for (int64_t i = 0; i < n; i++) {
     Element rounded;
-    narrow(widen(x[i]) * scale, rounded);
-    narrow(widen(w[i]) * widen(rounded), y[i]);
+    if (!ONCE) narrow(widen(x[i]) * scale, rounded);
+    narrow(widen(w[i]) * (ONCE ? widen(x[i]) * scale : widen(rounded)), y[i]);
   }
 }
 
@@ -251,9 +251,11 @@ void weigh_rows(const void* w, int64_t n, int64_t K, const float* weights, float
 
 template <class T>
 const Kernels* kernels_of() {
-  static const Kernels found = {dots<T>, load_row<T>, activate<T>, store_row<T>, widen_row<T>, norm_row<typename T::Weight>,
-                                layer_norm_row<typename T::Weight>, add_row<typename T::Weight>, turn_row<typename T::Weight>, attend_few<typename T::Weight>,
-                                weigh_rows<typename T::Weight>, int(sizeof(typename T::Input))};
+  using Weight = typename T::Weight;
+  static const Kernels found = {dots<T>, load_row<T>, activate<T>, store_row<T>, widen_row<T>,
+                                norm_row<Weight, false>, norm_row<Weight, true>, layer_norm_row<Weight>,
+                                add_row<Weight>, turn_row<Weight>, attend_few<Weight>, weigh_rows<Weight>,
+                                int(sizeof(typename T::Input))};
   return &found;
 }
 
