@@ -32,9 +32,8 @@ from runtime.watch import Watch
 from runtime.window import GrowingWindow, Held
 
 _SPARSE = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "Phimoe")
-MIXTURES = frozenset(
-    (*(f"{family}SparseMoeBlock" for family in _SPARSE), "DeepseekV2Moe", "DeepseekV3MoE", "GptOssMLP")
-)
+_OTHERS = ("DeepseekV2Moe", "DeepseekV3MoE", "GptOssMLP")
+MIXTURES = frozenset((*(f"{family}SparseMoeBlock" for family in _SPARSE), *_OTHERS))
 """Mixtures that add what a router chose, and what all rows have beside it."""
 _LATENT = ("DeepseekV2", "DeepseekV3")
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", *_SPARSE, *_LATENT, "GptOss")
@@ -43,7 +42,6 @@ LAYERS = frozenset(f"{family}DecoderLayer" for family in _FAMILIES)
 
 
 Growing = GrowingLayer | GrowingWindow
-GROWING = (GrowingLayer, GrowingWindow)
 """Layers of a cache that grow in place."""
 
 
@@ -129,7 +127,7 @@ class StepLayer(nn.Module):
         if not grows(cache) or self.index >= len(cache.layers):
             return None
         past = cache.layers[self.index]
-        return past.room(self.prepared.past_sizes(batch), n_new) if type(past) in GROWING else None
+        return past.room(self.prepared.past_sizes(batch), n_new) if isinstance(past, Growing) else None
 
     def _compute(self, hidden: Tensor, out: Tensor, tables: Tables, past: Growing, room: Room | Held) -> LayerRun:
         kernel = native.kernel()

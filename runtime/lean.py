@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutpu
 from transformers.utils.generic import ModelOutput
 
 from runtime.executor import Executor
-from runtime.layer import GROWING, StepLayer
+from runtime.layer import Growing, StepLayer
 from runtime.projection import FEW_ROWS
 from runtime.span import Span, span_of
 from runtime.window import knows_windows
@@ -48,7 +48,7 @@ class StepModel(nn.Module):
             return False
         if type(cache) is not DynamicCache or not self.executor.computes_layer(0):
             return False
-        if len(cache.layers) < len(self.layers) or any(type(layer) not in GROWING for layer in cache.layers):
+        if len(cache.layers) < len(self.layers) or any(not isinstance(layer, Growing) for layer in cache.layers):
             return False
         n_tokens = cache.get_seq_length() + 1
         window = None if knows_windows(self.config) else getattr(self.config, "sliding_window", None)

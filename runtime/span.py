@@ -18,7 +18,7 @@ from runtime import native
 from runtime.executor import Executor
 from runtime.kv import Room, grows
 from runtime.latent import real_tables, table_dtype
-from runtime.layer import GROWING, Growing, Prepared, StepLayer
+from runtime.layer import Growing, Prepared, StepLayer
 from runtime.native.layer import LayersWords, LayerWords
 from runtime.reader import Reader, UnfitError
 from runtime.recording import LayerRun
@@ -85,7 +85,7 @@ class Span:
             return None
         found: list[Place] = []
         for past, layer in zip(cache.layers, self.prepared, strict=False):
-            if type(past) not in GROWING or (room := past.room(layer.past_sizes(batch))) is None:
+            if not isinstance(past, Growing) or (room := past.room(layer.past_sizes(batch))) is None:
                 return None
             found.append((past, room))
         n_past = {room.n_written for _, room in found}

@@ -40,6 +40,8 @@ class GrowingWindow(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
     As transformers' layer where something else has put other tensors in their place, or wants all tokens kept.
     """
 
+    keys: Tensor
+    values: Tensor
     _buffers: Room | None = None
     _first: int = 0
     """Of the buffers' tokens, the first one held."""
@@ -69,7 +71,7 @@ class GrowingWindow(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
         held = [t[:, :, self._first : end] for t in (buffers.keys, buffers.values)]
         if buffers.keys.shape[2] > _MOST_WINDOWS * self.sliding_window + _LEAST_ROOM:
             held, self._buffers = [t.clone() for t in held], None
-        self.keys, self.values = held
+        self.keys, self.values = held[0], held[1]
 
     def _n_held(self) -> int:
         return self.keys.shape[2] if self.is_initialized and self.keys.numel() else 0
@@ -82,7 +84,7 @@ class GrowingWindow(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
         nothing = [torch.empty((batch, n_heads, 0, width), dtype=dtype, device="cpu") for width in widths]
         if not self.is_initialized:
             self.lazy_initialization(*nothing)
-        self.keys, self.values = nothing
+        self.keys, self.values = nothing[0], nothing[1]
         return True
 
     def _goes_on(self, n_held: int, n_new: int) -> bool:
@@ -98,8 +100,8 @@ class GrowingWindow(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
         found = [t.new_empty((*t.shape[:2], n_room, t.shape[3])) for t in (self.keys, self.values)]
         for buffer, held in zip(found, (self.keys, self.values), strict=True):
             buffer[:, :, :n_held] = held
-        self._buffers, self._first = Room(*found, n_held), 0
-        self.keys, self.values = (buffer[:, :, :n_held] for buffer in found)
+        self._buffers, self._first = Room(found[0], found[1], n_held), 0
+        self.keys, self.values = found[0][:, :, :n_held], found[1][:, :, :n_held]
         return self._buffers
 
 

@@ -24,7 +24,7 @@ from tests.tiny import DENSE, eager, tokens
 
 INSTALLED = native.installed()
 pytestmark = pytest.mark.skipif(isinstance(INSTALLED, KernelError), reason=f"no native kernel: {INSTALLED}")
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "gpt_oss")
 N_PROMPT = 5
 
 

@@ -30,7 +30,7 @@ from tests.tiny import DENSE, LATENT, eager, tokens
 
 INSTALLED = native.installed()
 pytestmark = pytest.mark.skipif(isinstance(INSTALLED, KernelError), reason=f"no native kernel: {INSTALLED}")
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", *LATENT)
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", *LATENT, "gpt_oss")
 TOLERANCE = 1e-4
 N_LAYERS, N_GEN = 3, 64
 N_PROMPT = FEW_ROWS + 1  # a prompt's rows where attention of prompts is the kernel's, else the modules'
@@ -152,7 +152,7 @@ def stepped(model: PlannedModel, past: list[torch.Tensor], ids: torch.Tensor, ro
     return found
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mixtral", "qwen2_moe", "olmoe", "phimoe"])
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "qwen2_moe", "olmoe", "phimoe", "gpt_oss"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_has_the_same_bits_whatever_the_others_are_and_whatever_the_threads(
     family: str, dtype: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
@@ -193,7 +193,7 @@ def agrees(folder: Path, run: Callable[[PreTrainedModel], torch.Tensor]) -> None
         torch.testing.assert_close(run(model), run(eager(folder)), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "olmoe", "phimoe"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "olmoe", "phimoe", "gpt_oss"])
 def test_padding_leaves_layers_to_their_modules(family: str, tiny_checkpoint: TinyCheckpoint, calls: list[int]) -> None:
     folder = tiny_checkpoint(family)
     ids, mask = left_padded(tokens(N_PROMPT, 2), [N_PROMPT, 3])
