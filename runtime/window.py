@@ -53,7 +53,7 @@ class GrowingWindow(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
             return None
         if n_held == 0 and (n_new == 1 or not self._begin(sizes)):
             return None
-        buffers = self._buffers if self._goes_on(n_held, n_new) else self._moved(n_held, n_new)
+        buffers = self._going_on(n_held, n_new) or self._moved(n_held, n_new)
         if not buffers.holds(sizes):
             return None
         keys, values = buffers.keys, buffers.values
@@ -87,13 +87,13 @@ class GrowingWindow(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
         self.keys, self.values = nothing[0], nothing[1]
         return True
 
-    def _goes_on(self, n_held: int, n_new: int) -> bool:
-        """Whether keys and values are what was written last, with room behind them."""
+    def _going_on(self, n_held: int, n_new: int) -> Room | None:
+        """The buffers, if keys and values are what was written last, with room behind them."""
         buffers, end = self._buffers, self._first + n_held
         if buffers is None or n_held == 0 or end != buffers.n_written or not buffers.takes(end + n_new):
-            return False
+            return None
         both = ((buffers.keys, self.keys), (buffers.values, self.values))
-        return all(_is_part(part, buffer, self._first) for buffer, part in both)
+        return buffers if all(_is_part(part, buffer, self._first) for buffer, part in both) else None
 
     def _moved(self, n_held: int, n_new: int) -> Room:
         n_room = n_held + n_new + max(_LEAST_ROOM, self.sliding_window)
