@@ -251,9 +251,10 @@ void weigh_rows(const void* w, int64_t n, int64_t K, const float* weights, float
 
 template <class T>
 const Kernels* kernels_of() {
-  static const Kernels found = {dots<T>, load_row<T>, activate<T>, store_row<T>, widen_row<T>, norm_row<typename T::Weight>,
-                                layer_norm_row<typename T::Weight>, add_row<typename T::Weight>, turn_row<typename T::Weight>, attend_few<typename T::Weight>,
-                                weigh_rows<typename T::Weight>, int(sizeof(typename T::Input))};
+  using Weight = typename T::Weight;
+  static const Kernels found = {dots<T>, load_row<T>, activate<T>, store_row<T>, widen_row<T>, norm_row<Weight>,
+                                layer_norm_row<Weight>, add_row<Weight>, turn_row<Weight>, attend_few<Weight>,
+                                weigh_rows<Weight>, int(sizeof(typename T::Input))};
   return &found;
 }
 
