@@ -20,11 +20,11 @@ from runtime.forward import Forward
 from runtime.session import PlannedModel, load_planned
 from tests.conftest import TinyCheckpoint
 from tests.planned import greedy, left_padded, loaded, on_cpu, shares, spec_of
-from tests.tiny import DENSE, eager, tokens
+from tests.tiny import DENSE, LATENT, eager, tokens
 
 INSTALLED = native.installed()
 pytestmark = pytest.mark.skipif(isinstance(INSTALLED, KernelError), reason=f"no native kernel: {INSTALLED}")
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "gpt_oss")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", *LATENT, "gpt_oss")
 N_PROMPT = 5
 
 

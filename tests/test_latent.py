@@ -102,6 +102,16 @@ def test_prompts_and_second_turns_on_a_kept_cache_are_eager_transformers(
     torch.testing.assert_close(found, read(eager(folder), chunks), atol=TOLERANCE, rtol=0)
 
 
+def test_long_prompts_expand_some_heads_at_once(tiny_checkpoint: TinyCheckpoint) -> None:
+    # 32 MiB: 16 heads of 128 + 64 and 128 + 128 numbers, of up to 1170 tokens in float32.
+    widths = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "max_position_embeddings": 2048}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16, "first_k_dense_replace": N_LAYERS}
+    folder, chunks = tiny_checkpoint("deepseek_v3", **widths, **heads), cut([*[250] * 5, 40])
+    with loaded(folder, on_cpu(spec_of(folder), n_ctx=1300)) as model:
+        found = read(model, chunks)
+    torch.testing.assert_close(found, read(eager(folder), chunks), atol=TOLERANCE, rtol=0)
+
+
 def off(model: PreTrainedModel, exact: Tensor, run: Callable[[PreTrainedModel], Tensor]) -> float:
     """Half of all tokens' logits are no further from what is exact, in the root mean square."""
     return float((run(model).float() - exact).square().mean(dim=-1).sqrt().quantile(0.5))

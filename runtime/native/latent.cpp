@@ -2,8 +2,8 @@
 // part of the key. A head's key is what `expand` makes of the latent and that part, its value is made of the latent.
 //
 // Few new tokens expand nothing. A query over expanded latents is the query times `expand`, over the latents as they
-// lie; the sum of expanded values is `expand` times the sum of latents. So all heads share keys and values, and `expand`
-// is read once. Of many new tokens each latent is seen so often that expanding all of them takes less.
+// lie; the sum of expanded values is `expand` times the sum of latents. So all heads share keys and values, and
+// `expand` is read once. Of many new tokens each latent is seen so often that expanding all of them takes less.
 #include <cstring>
 #include <vector>
 
@@ -24,16 +24,20 @@ namespace {
 
 int64_t word(const void* p) { return reinterpret_cast<int64_t>(p); }
 
+constexpr int64_t MOST_EXPANDED = 32 << 20;  // bytes
+
 struct Call {
   const Kernels* k;
   const Layer& l;
   int n_threads, dtype, isa;
-  int64_t bytes, S, query_width, row_width, pair_width;  // of a head's query, a row of the cache, a head's key and value
-  char* out;                                              // [S, heads, value_width]
+  int64_t bytes, S;
+  int64_t query_width, row_width, pair_width;  // of a head's query, a row of the cache, a head's key and value
+  char* out;                                   // [S, heads, value_width]
   char *query = nullptr, *down = nullptr, *row = nullptr;  // of new tokens
   char *absorbed = nullptr, *mixed = nullptr;              // few: queries and results as wide as rows and latents
   float* sums = nullptr;                                   // of each head
-  char *latents = nullptr, *pairs = nullptr, *keys = nullptr;  // many: of all tokens
+  char *latents = nullptr, *pairs = nullptr, *keys = nullptr;  // many: of all tokens, for some heads at once
+  char *queries = nullptr, *results = nullptr;                 // of new tokens for some heads, if not of all
 
   Call(const Kernels* k, const Layer& l, void* out, int n_threads)
       : k(k), l(l), n_threads(n_threads), dtype(int(l.dtype)), isa(int(l.isa)), bytes(dtype == F32 ? 4 : 2), S(l.rows),
@@ -42,9 +46,14 @@ struct Call {
 
   int64_t n_sequences() const { return S / l.n_new; }
   int64_t n_keys() const { return l.n_past + l.n_new; }
-  // Whether so few tokens are new that nothing is expanded. What is expanded is multiplied by tiles where there are any;
-  // behind 512 tokens both ways take the same for 12 to 16 new ones then, else for 64 to 128 in float32.
+  // Whether so few tokens are new that nothing is expanded. What is expanded is multiplied by tiles where there are
+  // any; behind 512 tokens both ways take the same for 12 to 16 new ones then, else for 64 to 128 in float32.
   bool absorbs() const { return l.n_new <= (k->tiles ? 12 : 32); }
+  // Heads whose keys and values of all tokens are made at once.
+  int64_t heads_at_once() const {
+    const int64_t most = MOST_EXPANDED / (n_sequences() * n_keys() * (pair_width + query_width) * bytes);
+    return most < 1 ? 1 : most < l.n_heads ? most : l.n_heads;
+  }
   int linear(const void* x, int64_t n, int64_t K, const std::vector<int64_t>& words) const {
     return scheinfer_linear(x, n, K, int64_t(words.size() / 4), words.data(), dtype, isa, n_threads);
   }
@@ -57,7 +66,8 @@ struct Call {
 size_t lay_out(Call& call, char* memory) {
   const Layer& l = call.l;
   const int64_t heads = l.n_heads, S = call.S, n = call.absorbs() ? 0 : call.n_sequences() * call.n_keys();
-  const int64_t few = call.absorbs() ? S * heads : 0;
+  const int64_t few = call.absorbs() ? S * heads : 0, some = call.absorbs() ? 0 : call.heads_at_once();
+  const int64_t apart = some < heads ? S * some : 0;
   int64_t at = 0;
   const auto next = [&](int64_t n, int64_t width, int64_t size) {
     char* here = memory + at;
@@ -68,8 +78,9 @@ size_t lay_out(Call& call, char* memory) {
   call.row = next(S, call.row_width, call.bytes);
   call.absorbed = next(few, call.row_width, call.bytes), call.mixed = next(few, l.latent_width, call.bytes);
   call.sums = reinterpret_cast<float*>(next(few ? heads : 0, l.latent_width + l.pass_width, 4));
-  call.latents = next(n, l.latent_width, call.bytes), call.pairs = next(n * heads, call.pair_width, call.bytes);
-  call.keys = next(n * heads, call.query_width, call.bytes);
+  call.latents = next(n, l.latent_width, call.bytes), call.pairs = next(n * some, call.pair_width, call.bytes);
+  call.keys = next(n * some, call.query_width, call.bytes);
+  call.queries = next(apart, call.query_width, call.bytes), call.results = next(apart, l.value_width, call.bytes);
   return size_t(at);
 }
 
@@ -165,7 +176,8 @@ void release(void* context, int64_t head) {
     const int64_t n = call.S - s0 < AT_ONCE ? call.S - s0 : AT_ONCE;
     const void* x[AT_ONCE];
     for (int64_t i = 0; i < n; i++) {
-      call.k->load_row(call.mixed + ((s0 + i) * l.n_heads + head) * l.latent_width * bytes, l.latent_width, rows + i * stride);
+      const char* from = call.mixed + ((s0 + i) * l.n_heads + head) * l.latent_width * bytes;
+      call.k->load_row(from, l.latent_width, rows + i * stride);
       x[i] = rows + i * stride;
     }
     for (int64_t r = 0; r < l.value_width; r += MOST_ROWS) {
@@ -195,29 +207,48 @@ int attend_few(Call& call) {
 
 // -- many ------------------------------------------------------------------------------------------------------------
 
+// Keys and values of n heads from one on, of all tokens; queries and out of new tokens are of these heads, too.
+int attend_some(const Call& call, int64_t first, int64_t n, const char* queries, char* out) {
+  const Layer& l = call.l;
+  const int64_t n_keys = call.n_keys(), n_tokens = call.n_sequences() * n_keys, bytes = call.bytes;
+  const int64_t key = call.query_width, pair = call.pair_width;
+  const int failed = call.linear(call.latents, n_tokens, l.latent_width,
+                                 {word(expand(call, first)), 0, word(call.pairs), n * pair});
+  if (failed) return failed;
+  for_rows(call.n_threads, n_tokens, n * key, [&, bytes, n_keys](int64_t i) {
+    const char* turned = call.held(l.values, l.value_strides, i / n_keys, i % n_keys);
+    for (int64_t h = i * n; h < (i + 1) * n; h++) {
+      char* to = call.keys + h * key * bytes;
+      memcpy(to, call.pairs + h * pair * bytes, size_t(l.pass_width * bytes));
+      memcpy(to + l.pass_width * bytes, turned, size_t(l.head_width * bytes));
+    }
+  });
+  const int64_t shape[] = {call.n_sequences(), l.n_new, n, n, n_keys, key, l.value_width,
+                           n_keys * n * key, key, n * key, n_keys * n * pair, pair, n * pair, 0};
+  return scheinfer_attend(queries, call.keys, call.pairs + l.pass_width * bytes, out, shape, l.scale, nullptr,
+                          call.dtype, call.isa, call.n_threads);
+}
+
 int attend_many(const Call& call) {
   const Layer& l = call.l;
-  const int64_t n_keys = call.n_keys(), n = call.n_sequences() * n_keys, heads = l.n_heads, bytes = call.bytes;
-  for_rows(call.n_threads, n, l.latent_width, [&, bytes, n_keys](int64_t i) {
+  const int64_t n_keys = call.n_keys(), heads = l.n_heads, some = call.heads_at_once(), bytes = call.bytes;
+  for_rows(call.n_threads, call.n_sequences() * n_keys, l.latent_width, [&, bytes, n_keys](int64_t i) {
     memcpy(call.latents + i * l.latent_width * bytes, call.held(l.keys, l.key_strides, i / n_keys, i % n_keys),
            size_t(l.latent_width * bytes));
   });
-  const int64_t n_pairs = heads * call.pair_width;
-  if (const int failed = call.linear(call.latents, n, l.latent_width, {word(l.expand), 0, word(call.pairs), n_pairs}))
-    return failed;
-  for_rows(call.n_threads, n, heads * call.query_width, [&, bytes, n_keys, heads](int64_t i) {
-    const char* turned = call.held(l.values, l.value_strides, i / n_keys, i % n_keys);
-    for (int64_t h = i * heads; h < (i + 1) * heads; h++) {
-      char* key = call.keys + h * call.query_width * bytes;
-      memcpy(key, call.pairs + h * call.pair_width * bytes, size_t(l.pass_width * bytes));
-      memcpy(key + l.pass_width * bytes, turned, size_t(l.head_width * bytes));
-    }
-  });
-  const int64_t key = call.query_width, pair = call.pair_width;
-  const int64_t shape[] = {call.n_sequences(), l.n_new, heads, heads, n_keys, key, l.value_width,
-                           n_keys * heads * key, key, heads * key, n_keys * heads * pair, pair, heads * pair, 0};
-  return scheinfer_attend(call.query, call.keys, call.pairs + l.pass_width * bytes, call.out, shape, l.scale, nullptr,
-                          call.dtype, call.isa, call.n_threads);
+  if (some == heads) return attend_some(call, 0, heads, call.query, call.out);
+  const int64_t query = call.query_width * bytes, result = l.value_width * bytes;
+  for (int64_t first = 0; first < heads; first += some) {
+    const int64_t n = heads - first < some ? heads - first : some;
+    for_rows(call.n_threads, call.S, n * call.query_width, [&, query, n](int64_t s) {
+      memcpy(call.queries + s * n * query, call.query + (s * heads + first) * query, size_t(n * query));
+    });
+    if (const int failed = attend_some(call, first, n, call.queries, call.results)) return failed;
+    for_rows(call.n_threads, call.S, n * l.value_width, [&, result, n](int64_t s) {
+      memcpy(call.out + (s * heads + first) * result, call.results + s * n * result, size_t(n * result));
+    });
+  }
+  return 0;
 }
 
 }  // namespace
