@@ -1,17 +1,17 @@
 """How fast is this runtime on the CPU alone, beside others on the same weights and beside what memory allows?
 
-    python -m experiments.peers            7 minutes on 2 cores; writes experiments/results/peers-<model>/
-    python -m experiments.peers --smoke    30 s on tiny shapes; writes nowhere unless --out is given
+    python -m experiments.peers            18 minutes on 2 cores; writes experiments/results/peers-<model>/
+    python -m experiments.peers --smoke    a minute on tiny shapes; writes nowhere unless --out is given
 
-Three checkpoints of 1 to 2 B random bfloat16 parameters (experiments.peer_models), run by policy `cpu-only`, by
-transformers with each of its implementations of experts, and by llama.cpp where llama-cpp-python and gguf are
-installed, on the same weights as BF16 GGUF (experiments.peer_gguf). All of a model are loaded at once and take turns on
-the same threads: in each round a prompt each, then turns of few tokens each with a KV cache, every other turn in the
-opposite order, so that all meet the same speeds of a machine that others use, too. The first token of a turn is not
-counted: it finds in no cache what a run of tokens would. Beside them a loop that only reads memory runs. Numbers are
-medians over rounds (TTFT) and turns (TPOT), spread half of the distance between quartiles over the median; over_ours is
-the median over turns of TPOT over ours in the same turn, with the standard error of that median; read_share is the time
-of reading a token's weights at the median read rate, over TPOT.
+Checkpoints of 1 to 2 B random bfloat16 parameters (experiments.peer_models), run by policy `cpu-only`, by
+transformers with each of its implementations of experts, and, the first three of them, by llama.cpp where
+llama-cpp-python and gguf are installed, on the same weights as BF16 GGUF (experiments.peer_gguf). All of a model are
+loaded at once and take turns on the same threads: in each round a prompt each, then turns of few tokens each with a
+KV cache, every other turn in the opposite order, so that all meet the same speeds of a machine that others use, too.
+The first token of a turn is not counted: it finds in no cache what a run of tokens would. Beside them a loop that only
+reads memory runs. Numbers are medians over rounds (TTFT) and turns (TPOT), spread half of the distance between
+quartiles over the median; over_ours is the median over turns of TPOT over ours in the same turn, with the standard
+error of that median; read_share is the time of reading a token's weights at the median read rate, over TPOT.
 
 One should see ours at 0.75 of what memory allows or more, ahead of the others. On a busy machine the spread is larger
 than any difference: others_load tells. No device is involved.
@@ -294,7 +294,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         root = Path(scratch) if flags.smoke else cache_folder() / "experiments" / "peers"
         for name in flags.model or SHAPES:
             write(name, root / name, flags.smoke)
-            rows = compare(name, root / name, extent, write_gguf(root / name) if with_llama_cpp else None)
+            converted = with_llama_cpp and SHAPES[name].in_llama_cpp
+            rows = compare(name, root / name, extent, write_gguf(root / name) if converted else None)
             table = pd.DataFrame(rows)
             print(table.to_string(index=False, float_format=lambda v: f"{v:.3g}"))
             settings = {
