@@ -172,8 +172,10 @@ def read_latent(words: LayerWords, reader: Reader, attention: Any) -> None:
     words.n_heads, words.n_kv_heads, words.head_width = reader.fact(attention, "num_heads"), 1, rope
     words.latent_width, words.pass_width, words.value_width = latent, nope, value
     words.scale, words.clip = reader.fact(attention, "scaling"), torch.inf
-    if rope % 2 or rope > native.MOST_WIDTH:
+    if rope % 2 or rope > native.MOST_WIDTH or rope == latent:  # as wide as each other they lie apart in the cache
         raise UnfitError("qk_rope_head_dim")
+    if not reader.fact(attention, "is_causal"):
+        raise UnfitError("is_causal")
     if type(attention).__name__.startswith("DeepseekV2"):
         words.turns = PAIRS
     else:

@@ -242,6 +242,19 @@ def test_padding_on_the_left_is_left_to_modules(
 
 
 @pytest.mark.parametrize("family", LATENT)
+def test_latents_as_wide_as_what_is_rotated_are_left_to_modules(
+    family: str,
+    tiny_checkpoint: TinyCheckpoint,
+    calls: list[int],  # noqa: F811
+    alone: list[int],
+) -> None:
+    chunks = cut([4, 1, 12, 1], 2)
+    agrees(tiny_checkpoint(family, kv_lora_rank=8), lambda model: read(model, chunks))
+    assert not calls
+    assert not alone
+
+
+@pytest.mark.parametrize("family", LATENT)
 def test_a_plan_with_a_device_attends_by_the_kernel_too(
     family: str,
     tiny_checkpoint: TinyCheckpoint,
