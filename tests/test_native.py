@@ -439,7 +439,7 @@ from runtime import native
 kernel = native.load(Path(sys.argv[1]))
 torch.set_num_threads(2)
 x = torch.ones(8, 64)
-piece = (torch.ones(2 * 96, 64), torch.ones(64, 96))
+piece = native.Piece(torch.ones(2 * 96, 64), torch.ones(64, 96))
 y = kernel.mlp(x, [(None, None, [piece])], 0)
 child = os.fork()
 if child == 0:
