@@ -67,9 +67,10 @@ class Adapter:
     @staticmethod
     def of(config: Mapping[str, Any], name: str = "model") -> Adapter:
         """Adapter for a config.json; ModelError if the family is unsupported or the weights are quantised."""
-        method = dict(config.get("quantization_config") or {}).get("quant_method", "an unnamed method")
+        how = config.get("quantization_config")
+        method = how.get("quant_method", "an unnamed method") if isinstance(how, Mapping) else how
         own = config.get("model_type") == "gpt_oss" and method == "mxfp4"  # which is read without loss
-        if config.get("quantization_config") and not own:
+        if how and not own:
             raise ModelError(f"{name}: the weights are quantised ({method}); use the checkpoint they were made from")
         spec = from_config(config, name)
         if spec.family not in RUNNABLE:
@@ -194,6 +195,8 @@ def _turned(checkpoint: Checkpoint, key: str, expert: int, shape: tuple[int, int
     if blocks not in checkpoint:
         return checkpoint.tensor_of(key, (n, width, rows))[expert].t().contiguous()
     stored = checkpoint.tensor_of(blocks, (n, *mxfp4.blocks_shape(rows, width)))
+    if width % mxfp4.BLOCK:
+        raise CheckpointError(f"{blocks!r} holds blocks of {mxfp4.BLOCK}, config.json makes rows of {width}")
     return mxfp4.widened(stored[expert], checkpoint.tensor_of(scales, tuple(stored.shape[:3]))[expert])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 32
+BLOCK = 32
 _BIAS = 127
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = torch.tensor((*_POSITIVE, *(-v for v in _POSITIVE)))
@@ -18,7 +18,7 @@ _PAIRS = torch.stack([_VALUES.repeat(16), _VALUES.repeat_interleave(16)], dim=1)
 
 def blocks_shape(rows: int, width: int) -> tuple[int, int, int]:
     """Shape of the bytes that hold so many rows."""
-    return rows, width // _BLOCK, _BLOCK // 2
+    return rows, width // BLOCK, BLOCK // 2
 
 
 def widened(blocks: Tensor, scales: Tensor) -> Tensor:

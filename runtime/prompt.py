@@ -20,23 +20,25 @@ from runtime.window import knows_windows
 Tables = tuple[Tensor, Tensor]
 
 
-def mask(*, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
+def mask(*, kv_length: int, q_length: int | None = None, **kwargs: Any) -> Tensor | None:
     """What sdpa_mask makes, but None wherever each new token sees all before it and itself, as attention supplies.
 
     sdpa_mask leaves out the mask where torch's `is_causal`, aligned at the first key, is the same; here it is left out
     where the last query sees the last key.
     """
-    if _is_plain(q_length, kv_length, **kwargs):
+    n_new = kwargs["cache_position"].shape[0] if q_length is None else q_length  # transformers 5.0 tells positions
+    if _is_plain(n_new, kv_length, **kwargs):
         return None  # and of layers with windows only where runtime.sinks supplies those, too
-    aligned = q_length in (1, kv_length) and kwargs.pop("allow_is_causal_skip", True)
-    found: Tensor | None = sdpa_mask(
-        q_length=q_length, kv_length=kv_length, **{**kwargs, "allow_is_causal_skip": aligned}
-    )
+    aligned = n_new in (1, kv_length) and kwargs.pop("allow_is_causal_skip", True)
+    told = {} if q_length is None else {"q_length": q_length}
+    found: Tensor | None = sdpa_mask(kv_length=kv_length, **told, **{**kwargs, "allow_is_causal_skip": aligned})
     return found
 
 
 def _is_plain(q_length: int, kv_length: int, **kwargs: Any) -> bool:
-    if torch.device(kwargs.get("device", "cpu")).type != "cpu":  # sdpa would need the mask in every layer
+    positions = kwargs.get("cache_position")
+    device = kwargs.get("device", "cpu" if positions is None else positions.device)
+    if torch.device(device).type != "cpu":  # sdpa would need the mask in every layer
         return False
     if not kwargs.get("allow_is_causal_skip", True):
         return False
@@ -45,7 +47,8 @@ def _is_plain(q_length: int, kv_length: int, **kwargs: Any) -> bool:
         return False
     if not by_window and kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
         return False
-    ends = kwargs.get("q_offset", 0) + q_length == kwargs.get("kv_offset", 0) + kv_length
+    first = kwargs.get("q_offset", 0) if positions is None else int(positions[0])
+    ends = first + q_length == kwargs.get("kv_offset", 0) + kv_length
     padding = kwargs.get("attention_mask")
     return bool(ends) and (padding is None or (padding.shape[-1] == kv_length and bool(padding.all())))
 

@@ -75,7 +75,8 @@ def _by_torch(
         there = rows.reshape(batch, n_kv, -1, width)  # heads of a KV head, then tokens
         scores = torch.matmul(there, keys[..., begin:]).mul_(scale).view(batch, n_kv, -1, n, n_keys - begin)
         if mask is not None:
-            scores.masked_fill_(~mask[:, :, None, first : first + n, begin:n_keys], -torch.inf)
+            seen = mask[:, :, None, first : first + n, begin:n_keys]
+            scores.masked_fill_(~seen, -torch.inf) if seen.dtype == torch.bool else scores.add_(seen)
         chances = torch.cat([scores, grouped.expand(-1, -1, -1, n, -1)], -1).softmax(-1)[..., :-1]
         mixed = torch.matmul(chances.flatten(2, 3), values[:, :, begin:]).view(batch, n_heads, n, -1)
         out[:, first : first + n] = mixed.transpose(1, 2)

@@ -38,6 +38,7 @@ from sim.workload import RoutingTrace, Step
 N_PARTIAL = 3  # the overlapping run joins GG, CG and CC
 N_DECODE = 8
 _N_PROMPT = 8
+_FAR = 1 << 24  # tokens: beyond any window
 _HEAD: frozenset[Kind] = frozenset(("head",))
 BETWEEN_STEPS: frozenset[Kind] = frozenset(("embed", "sample"))
 """What is called once a step: all that a step does has gone through the caches since."""
@@ -149,10 +150,21 @@ def decode_attention(spec: ModelSpec, timeline: Timeline, past: int, place: Plac
 def _attention_times(
     spec: ModelSpec, timeline: Timeline, n_tokens: int, past: int, place: Place
 ) -> Iterator[tuple[Work, float]]:
-    usual = statistics.mode(spec.rest_bytes(i) for i in range(spec.n_layers))  # other layers scale from these
-    for span in timeline.spans:
-        if span.kind == "attn" and span.resource == place and spec.rest_bytes(span.layer) == usual:
+    spans = [s for s in timeline.spans if s.kind == "attn" and s.resource == place]
+    usual = _usual_layers(spec, {s.layer for s in spans})
+    for span in spans:
+        if span.layer in usual:
             yield spec.attention_work(span.layer, n_tokens, past + n_tokens), span.duration_s
+
+
+def _usual_layers(spec: ModelSpec, layers: Collection[int]) -> set[int]:
+    """Of some layers those that other layers' times scale from: of the commonest size, without windows if any are.
+
+    A curve holds one sample per number of tokens and bytes of the cache: of a prompt a window changes neither.
+    """
+    size = statistics.mode(spec.rest_bytes(i) for i in range(spec.n_layers))
+    read = {i: spec.layers[i].attention.read_elements(_FAR, 1) for i in layers if spec.rest_bytes(i) == size}
+    return {i for i, elements in read.items() if elements == max(read.values())}
 
 
 def ends_times(spec: ModelSpec, timeline: Timeline, kinds: Collection[Kind]) -> Iterator[tuple[Work, float]]:

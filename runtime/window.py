@@ -49,7 +49,7 @@ class GrowingWindow(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
     def room(self, sizes: tuple[Any, ...], n_new: int = 1) -> Held | None:
         """Room for tokens behind those held; None if those are not of sizes (see Room.holds), or for a first one."""
         n_held = self._n_held()
-        if self.record_past or n_held != min(self.cumulative_length, self.sliding_window - 1):
+        if getattr(self, "record_past", False) or n_held != min(self.cumulative_length, self.sliding_window - 1):
             return None
         if n_held == 0 and (n_new == 1 or not self._begin(sizes)):
             return None

@@ -366,6 +366,9 @@ def test_quantised_weights_are_refused_before_anything_is_built(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
     folder = rewrite(tiny_checkpoint("llama"), tmp_path / "gptq")
+    reconfigure(folder, quantization_config="int8")
+    with pytest.raises(ModelError, match=r"the weights are quantised \(int8\)"):
+        load_plain(folder)
     reconfigure(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ModelError, match=r"the weights are quantised \(gptq\)"):
         build_skeleton(folder, torch.float32, PlainFfn)

@@ -207,6 +207,27 @@ def test_a_checkpoint_of_mxfp4_says_what_its_numbers_stand_for(tiny_checkpoint: 
         assert "quantization_config" not in model.config.to_dict()
 
 
+def test_rows_that_no_blocks_fill_are_refused(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    plain = tiny_checkpoint("gpt_oss")
+    folder = Path(shutil.copytree(plain, tmp_path / "uneven"))
+    stored = load_file(plain / SINGLE_NAME)
+    key = "model.layers.0.mlp.experts.down_proj"
+    blocks, scales = packed(stored.pop(key).mT[..., :32], 0)
+    save_file(stored | {f"{key}_blocks": blocks, f"{key}_scales": scales}, folder / SINGLE_NAME, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="holds blocks of 32, config.json makes rows of 44"):
+        loaded(folder, on_cpu(spec_of(folder))).__enter__()
+
+
+def test_a_mask_that_is_added_hides_what_one_of_truths_does(tiny_checkpoint: TinyCheckpoint) -> None:
+    folder, ids = tiny_checkpoint("gpt_oss"), tokens(20, 2)
+    seen = torch.ones(20, 20, dtype=torch.bool).tril().triu(-8)[None, None].expand(2, 1, 20, 20)
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with loaded(folder, three_ways(spec_of(folder))) as model, torch.no_grad():
+        theirs = eager(folder)(ids, attention_mask=added).logits
+        for own in (seen, added):
+            torch.testing.assert_close(model(ids, attention_mask=own).logits, theirs, atol=TOLERANCE, rtol=0)
+
+
 def test_blocks_of_another_size_are_refused(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     plain = tiny_checkpoint("gpt_oss")
     folder = Path(shutil.copytree(plain, tmp_path / "other"))

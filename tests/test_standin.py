@@ -65,6 +65,17 @@ def test_a_prompts_head_and_the_gaps_around_its_attention_on_the_cpu_are_measure
                 assert (span.start_s, span.end_s) == (before.end_s, after.start_s)
 
 
+@pytest.mark.parametrize(("place", "by_turns"), [("GPU", False), ("CPU", False), ("GPU", True)])
+def test_layers_with_and_without_windows_make_one_curve(place: Place, by_turns: bool) -> None:
+    with stand_in(config_of("gpt_oss"), place, by_turns) as model:
+        if by_turns:
+            found = finish(measure_by_turns(model, model, (0, 24, 40), ONCE)).curves
+        else:
+            found = finish(measure_rest(model, place, (1, 4, 20, 40), (0, 24), ONCE)).curves
+        (curve,) = (c for c in found if c.op in ("attn", APART["attn"]))
+        assert by_turns or [s.n_tokens for s in curve.samples if s.n_tokens > 1] == [4, 4, 20, 20, 40, 40]
+
+
 def test_a_config_that_says_no_cache_is_timed_with_one() -> None:
     with stand_in(config_of("llama", use_cache=False)) as model, stand_in(config_of("llama")) as usual:
         own, others = (
