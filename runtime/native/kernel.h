@@ -24,12 +24,14 @@ constexpr int64_t BLOCK_KEYS = 64;   // keys of a prompt's attention that are pa
 constexpr int64_t SPAN_KEYS = 256;   // between two looks at the highest score
 constexpr int64_t MOST_WIDTH = 256;  // of a prompt's heads
 
+constexpr int64_t NO_WINDOW = INT64_MAX / 2;  // that much can be taken from any position
+
 // Keys and values of one head: widths and distances of rows, in elements; what scores are multiplied by; a score beside
 // those of keys, of a value of zero (or none); how many keys a query sees at most, the last one its own.
 struct Past {
   int64_t key_width, value_width, key_stride, value_stride;
   float scale, sink = -INFINITY;
-  int64_t window = INT64_MAX;
+  int64_t window = NO_WINDOW;
 };
 
 // A query of one head over keys that lie as they are: how many of them it sees, at least one and at most PAST_AT_ONCE;

@@ -143,7 +143,7 @@ inline int64_t first_span(int64_t position, const Past& past) {
 // Before a softmax with sinks or windows: as if a key of that score had come first. With a window a span may hold none
 // that a query sees: so low a number is below all scores, and its difference to them is not NaN.
 inline float first_top(const Past& past) {
-  return past.sink > -INFINITY || past.window == INT64_MAX ? past.sink : -1e30f;
+  return past.sink > -INFINITY || past.window == NO_WINDOW ? past.sink : -1e30f;
 }
 
 // Row m's scores of which it sees those from `hidden` up to n, of n_keys: their exponentials, and how the sums before
