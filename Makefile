@@ -36,7 +36,8 @@ sanitize: $(STAMP)
 	CXXFLAGS='$(SANITIZED)' $(PY) hatch_build.py
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  CXXFLAGS='$(SANITIZED)' $(PY) -m pytest -q $(PYTEST_ARGS) \
-	  $(addprefix tests/test_,native.py tiles.py queues.py step.py prompt.py prompt_layer.py projection.py layer.py forward.py); \
+	  $(addprefix tests/test_,native.py tiles.py queues.py step.py prompt.py prompt_layer.py projection.py layer.py forward.py \
+	    router.py latent.py gpt_oss.py sinks.py window.py); \
 	  status=$$?; $(PY) hatch_build.py && exit $$status
 
 venv: $(STAMP)
