@@ -30,13 +30,15 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(PY) -m mypy --strict hwmodels sim runtime experiments scheinfer.py
 
-# Python and torch hold memory until they end, so leaks are not looked for. Afterwards the kernel is built as it is used.
+# Python and torch hold memory until they end, so leaks are not looked for. What was found is told past sys.stderr, so that
+# is left to the terminal. Afterwards the kernel is built as it is used.
 SANITIZED := -O1 -g -Wno-psabi -fsanitize=address -fsanitize=undefined -fno-sanitize-recover=all
 sanitize: $(STAMP)
 	CXXFLAGS='$(SANITIZED)' $(PY) hatch_build.py
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  CXXFLAGS='$(SANITIZED)' $(PY) -m pytest -q $(PYTEST_ARGS) \
-	  $(addprefix tests/test_,native.py tiles.py queues.py step.py prompt.py prompt_layer.py projection.py layer.py forward.py); \
+	  CXXFLAGS='$(SANITIZED)' $(PY) -m pytest -q --capture=sys $(PYTEST_ARGS) \
+	  $(addprefix tests/test_,native.py tiles.py queues.py step.py prompt.py prompt_layer.py projection.py layer.py forward.py \
+	    router.py latent.py gpt_oss.py sinks.py window.py); \
 	  status=$$?; $(PY) hatch_build.py && exit $$status
 
 venv: $(STAMP)

@@ -23,6 +23,7 @@ from runtime.watch import Watch
 
 LATENT = frozenset(("DeepseekV2Attention", "DeepseekV3Attention"))
 """Attention modules that keep latents of tokens."""
+_MOST_LATENT = 4096
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,8 @@ def read_latent(words: LayerWords, reader: Reader, attention: Any) -> None:
     words.scale, words.clip = reader.fact(attention, "scaling"), torch.inf
     if rope % 2 or rope > native.MOST_WIDTH or rope == latent:  # as wide as each other they lie apart in the cache
         raise UnfitError("qk_rope_head_dim")
+    if latent > _MOST_LATENT:
+        raise UnfitError("kv_lora_rank")
     if not reader.fact(attention, "is_causal"):
         raise UnfitError("is_causal")
     if type(attention).__name__.startswith("DeepseekV2"):

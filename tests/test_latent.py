@@ -241,15 +241,17 @@ def test_padding_on_the_left_is_left_to_modules(
     assert not alone
 
 
+@pytest.mark.parametrize("width", [8, 4128])
 @pytest.mark.parametrize("family", LATENT)
-def test_latents_as_wide_as_what_is_rotated_are_left_to_modules(
+def test_latents_as_wide_as_what_is_rotated_or_wider_than_any_models_are_left_to_modules(
     family: str,
+    width: int,
     tiny_checkpoint: TinyCheckpoint,
     calls: list[int],  # noqa: F811
     alone: list[int],
 ) -> None:
     chunks = cut([4, 1, 12, 1], 2)
-    agrees(tiny_checkpoint(family, kv_lora_rank=8), lambda model: read(model, chunks))
+    agrees(tiny_checkpoint(family, kv_lora_rank=width), lambda model: read(model, chunks))
     assert not calls
     assert not alone
 

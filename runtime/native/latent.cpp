@@ -4,6 +4,7 @@
 // Few new tokens expand nothing. A query over expanded latents is the query times `expand`, over the latents as they
 // lie; the sum of expanded values is `expand` times the sum of latents. So all heads share keys and values, and
 // `expand` is read once. Of many new tokens each latent is seen so often that expanding all of them takes less.
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -168,12 +169,12 @@ void release(void* context, int64_t head) {
   const Call& call = *static_cast<const Call*>(context);
   const Layer& l = call.l;
   constexpr int64_t AT_ONCE = 16;
-  static thread_local Aligned memory;
   const int64_t stride = stride_of(l.latent_width, call.k->activation_bytes), bytes = call.bytes;
-  char* const rows = memory.at_least(size_t(AT_ONCE * stride));
   Scratch& room = scratch();
-  for (int64_t s0 = 0; s0 < call.S; s0 += AT_ONCE) {
-    const int64_t n = call.S - s0 < AT_ONCE ? call.S - s0 : AT_ONCE;
+  char* const rows = reinterpret_cast<char*>(room.sums);  // a worker that asked for memory could not say there is none
+  const int64_t at_once = std::min(AT_ONCE, int64_t(sizeof(room.sums)) / stride);
+  for (int64_t s0 = 0; s0 < call.S; s0 += at_once) {
+    const int64_t n = std::min(at_once, call.S - s0);
     const void* x[AT_ONCE];
     for (int64_t i = 0; i < n; i++) {
       const char* from = call.mixed + ((s0 + i) * l.n_heads + head) * l.latent_width * bytes;
