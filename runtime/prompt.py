@@ -30,7 +30,7 @@ def mask(*, kv_length: int, q_length: int | None = None, **kwargs: Any) -> Tenso
     if _is_plain(n_new, kv_length, **kwargs):
         return None  # and of layers with windows only where runtime.sinks supplies those, too
     aligned = n_new in (1, kv_length) and kwargs.pop("allow_is_causal_skip", True)
-    told = {} if q_length is None else {"q_length": q_length}
+    told: dict[str, Any] = {} if q_length is None else {"q_length": q_length}
     found: Tensor | None = sdpa_mask(kv_length=kv_length, **told, **{**kwargs, "allow_is_causal_skip": aligned})
     return found
 
