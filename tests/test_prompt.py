@@ -191,7 +191,7 @@ def test_only_what_is_not_plainly_causal_gets_a_mask() -> None:
 
 
 def test_a_plainly_causal_prompt_needs_no_mask_where_transformers_tells_positions_instead_of_lengths() -> None:
-    told = {"batch_size": 1, "kv_length": 5, "kv_offset": 0, "mask_function": causal_mask_function}
+    told: dict[str, Any] = {"batch_size": 1, "kv_length": 5, "kv_offset": 0, "mask_function": causal_mask_function}
     assert prompt.mask(**told, cache_position=torch.arange(2, 5)) is None
     assert not prompt._is_plain(3, cache_position=torch.arange(3), **told)  # the last keys are still empty
 
