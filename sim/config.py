@@ -91,6 +91,7 @@ _DEFAULTS: dict[str, dict[str, int | bool]] = {
     "phimoe": {"num_key_value_heads": 8},
     "deepseek_v2": {"q_lora_rank": 1536, "first_k_dense_replace": 0, "n_shared_experts": 2},
     "deepseek_v3": {"q_lora_rank": 1536, "first_k_dense_replace": 3, "n_shared_experts": 1},
+    "gpt_oss": {"num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128},
     "gemma2": {"tie_word_embeddings": True},
     "gemma3_text": {"tie_word_embeddings": True},
     "gemma4_text": {"tie_word_embeddings": True},

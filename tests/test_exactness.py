@@ -150,9 +150,9 @@ def test_bfloat16_logits_lie_within_the_spread_of_hugging_face_implementations(
     spec = spec_of(folder, "bfloat16")
     theirs = [logits(model, ids).float() for model in implementations(folder, spec)]
     spread = max(off(a - b) for a in theirs for b in theirs)
-    assert spread > 0
+    assert (spread > 0) is (family != "gpt_oss")  # of which all round alike
     exact = float32_logits(folder, ids)
-    farthest = max(off(one - exact) for one in theirs)
+    farthest = max(off(one - exact) for one in theirs) * (1 if spread else 1.25)
     for plan in (on_cpu(spec), whole_experts(spec), three_ways(spec), shares(spec, 0.3, stream_min_tokens=1)):
         with loaded(folder, plan) as model:
             ours = logits(model, ids).float()
