@@ -95,7 +95,7 @@ SHAPES: dict[str, Shape] = {
         always={"num_local_experts": 16, "num_experts_per_tok": 4},
     ),
 }
-"""A token reads 0.4 to 1.1 B parameters of them."""
+"""A token reads 0.3 to 1.0 B parameters of them."""
 
 
 def config_of(name: str, tiny: bool) -> PreTrainedConfig:

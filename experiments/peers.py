@@ -1,7 +1,7 @@
 """How fast is this runtime on the CPU alone, beside others on the same weights and beside what memory allows?
 
     python -m experiments.peers            18 minutes on 2 cores; writes experiments/results/peers-<model>/
-    python -m experiments.peers --smoke    a minute on tiny shapes; writes nowhere unless --out is given
+    python -m experiments.peers --smoke    15 s on tiny shapes; writes nowhere unless --out is given
 
 Checkpoints of 1 to 2 B random bfloat16 parameters (experiments.peer_models), run by policy `cpu-only`, by
 transformers with each of its implementations of experts, and, the first three of them, by llama.cpp where

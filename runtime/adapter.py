@@ -203,6 +203,8 @@ def _turned(checkpoint: Checkpoint, key: str, expert: int, shape: tuple[int, int
 def activation_of(config: Mapping[str, Any]) -> Activation:
     """What a config says that MLPs make of gate and up."""
     if config.get("model_type") == "gpt_oss":  # published before configs had these
-        return ClampedGlu(config.get("swiglu_alpha", 1.702), config.get("swiglu_limit", 7.0))
+        return ClampedGlu(
+            **{name: config[f"swiglu_{name}"] for name in ("alpha", "limit") if f"swiglu_{name}" in config}
+        )
     act: Activation = ACT2FN[str(config.get("hidden_act", "silu"))]
     return act

@@ -114,10 +114,10 @@ class StepLayer(nn.Module):
     def _kernels_tables(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tables | None:
         """Of rotations, if new tokens see all of their past, and the layer is the kernel's to compute."""
         words, causal = self.prepared.words, kwargs.get("is_causal") is not False
-        tables = real_tables(kwargs.get("position_embeddings"), words)
-        if kwargs.get("attention_mask") is not None or tables is None or (hidden.shape[1] > 1 and not causal):
+        if kwargs.get("attention_mask") is not None or (hidden.shape[1] > 1 and not causal):
             return None
-        if not is_plain(hidden, tables, self.prepared.dtype, words):
+        tables = real_tables(kwargs.get("position_embeddings"), words)
+        if tables is None or not is_plain(hidden, tables, self.prepared.dtype, words):
             return None
         ours = self.executor.computes_layer(self.index) and self.prepared.watch.holds()
         return tables if ours else None

@@ -164,7 +164,8 @@ def _usual_layers(spec: ModelSpec, layers: Collection[int]) -> set[int]:
     """
     size = statistics.mode(spec.rest_bytes(i) for i in range(spec.n_layers))
     read = {i: spec.layers[i].attention.read_elements(_FAR, 1) for i in layers if spec.rest_bytes(i) == size}
-    return {i for i, elements in read.items() if elements == max(read.values())}
+    most = max(read.values(), default=0)
+    return {i for i, elements in read.items() if elements == most}
 
 
 def ends_times(spec: ModelSpec, timeline: Timeline, kinds: Collection[Kind]) -> Iterator[tuple[Work, float]]:
